@@ -1,0 +1,1 @@
+"""Rerank billions of query-document pairs with cross-encoders."""

@@ -1,0 +1,1 @@
+"""Ray pipelines around crossenc: reranking Parquet to Parquet, exactly once."""
