@@ -1,0 +1,193 @@
+"""Token ids to scores: one model on one device. Knows no text, no file and no ranking.
+
+Shape letters: P pairs, B pairs of one batch, W tokens of its longest pair, L labels, T tokens.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from crossenc.batching import WINDOW, token_budget_batches
+from crossenc.checkpoint import load_model, resolve_activation
+from crossenc.errors import ConfigError
+from crossenc.records import TokenizedPairs
+from crossenc.tokenizer import PairTokenizer
+
+logger = logging.getLogger(__name__)
+
+#: Padded tokens per batch that score fastest; on the CPU measured with a 6-layer MiniLM on 2 cores.
+CPU_BATCH_TOKENS = 4096
+CUDA_BATCH_TOKENS = 65_536
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Scorer(Protocol):
+    """What turns tokenised pairs into scores: the seam between pipelines and models."""
+
+    @property
+    def max_batch_tokens(self) -> int:
+        """Padded tokens that a forward pass holds at most, unless one pair alone is longer."""
+        ...
+
+    def score(self, pairs: TokenizedPairs) -> NDArray[np.float32]:
+        """Scores in the order of `pairs`: float32 [P] for one label, [P, L] for L labels."""
+        ...
+
+
+def default_device() -> torch.device:
+    """The fastest kind of device that this machine has: CUDA, then Apple's MPS, then the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """A Scorer that runs a transformers sequence classification model on padded, length-sorted batches.
+
+    `activation` maps float32 logits [B, L] to scores [B, L]. `max_batch_pairs` caps a batch as well.
+    """
+
+    model: PreTrainedModel
+    pad_token_id: int
+    padding_side: str
+    activation: Activation
+    device: torch.device
+    max_batch_tokens: int
+    max_batch_pairs: int | None = None
+    window: int = WINDOW
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch_tokens", "max_batch_pairs"):
+            limit = getattr(self, name)
+            if limit is not None and limit < 1:
+                raise ConfigError(f"{name} is {limit}: set 1 or more, or leave it out")
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        folder: str | Path,
+        tokenizer: PairTokenizer,
+        *,
+        num_labels: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device | None = None,
+        activation: Activation | None = None,
+        max_batch_tokens: int | None = None,
+    ) -> "Engine":
+        """Load the model of a local folder for the pairs of `tokenizer`.
+
+        What is None is the checkpoint's own (labels, activation) or suits the machine (device, batch size).
+        Raises CheckpointError as `load_model` and `resolve_activation` do.
+        """
+        chosen = default_device() if device is None else torch.device(device)
+        model = load_model(folder, num_labels=num_labels, dtype=dtype)
+        if activation is None:
+            activation = getattr(torch.nn, resolve_activation(folder, model.config))()
+        if max_batch_tokens is None:
+            max_batch_tokens = CUDA_BATCH_TOKENS if chosen.type == "cuda" else CPU_BATCH_TOKENS
+        return cls(
+            model=model.to(chosen),
+            pad_token_id=tokenizer.pad_token_id,
+            padding_side=tokenizer.padding_side,
+            activation=activation,
+            device=chosen,
+            max_batch_tokens=max_batch_tokens,
+        )
+
+    def score(self, pairs: TokenizedPairs, on_batch: Callable[[int], object] | None = None) -> NDArray[np.float32]:
+        """Score every pair: float32 [P], or [P, L] for L > 1 labels, non-finite values left as they are.
+
+        `on_batch` is told the number of pairs of each finished batch. On a device that runs out of memory the
+        batches still to do are halved and tried again, finished ones are kept; a single pair that does not
+        fit raises torch.OutOfMemoryError.
+        """
+        todo = deque(token_budget_batches(pairs.lengths, self.max_batch_tokens, self.window, self.max_batch_pairs))
+        done: list[NDArray[np.int64]] = []
+        # Scores stay on the device until the end: copying each batch back would wait for it.
+        scores: list[torch.Tensor] = []
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.inference_mode():
+                while todo:
+                    batch_scores = self._score_or_none(pairs, todo[0])
+                    if batch_scores is None:
+                        todo = self._halve(todo, pairs.lengths)
+                        continue
+                    done.append(todo.popleft())
+                    scores.append(batch_scores)
+                    if on_batch is not None:
+                        on_batch(len(done[-1]))
+        finally:
+            self.model.train(was_training)
+        return self._in_input_order(scores, done)
+
+    def _in_input_order(self, scores: list[torch.Tensor], batches: list[NDArray[np.int64]]) -> NDArray[np.float32]:
+        num_labels = int(self.model.config.num_labels)
+        num_pairs = sum(map(len, batches))
+        result = np.empty((num_pairs, num_labels), dtype=np.float32)
+        if scores:
+            result[np.concatenate(batches)] = torch.cat(scores).cpu().numpy()
+        return result[:, 0] if num_labels == 1 else result
+
+    def _score_or_none(self, pairs: TokenizedPairs, batch: NDArray[np.int64]) -> torch.Tensor | None:
+        """Scores [B, L] of one batch on the device; None when it does not fit and could be cut smaller."""
+        try:
+            inputs = self._to_device(pairs, batch)
+            logits: torch.Tensor = self.model(**inputs).logits
+            return self.activation(logits.float())
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+        # Outside of the handler, where the traceback no longer holds the failed batch's tensors.
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
+
+    def _halve(self, todo: deque[NDArray[np.int64]], lengths: NDArray[np.int64]) -> deque[NDArray[np.int64]]:
+        """Cut every remaining batch to half of what the first of them, which did not fit, holds."""
+        failed = todo[0]
+        budget = max(1, len(failed) * int(lengths[failed[0]]) // 2)
+        logger.warning(
+            "out of memory with %d pairs of %d tokens: going on with at most %d tokens a batch; "
+            "set max_batch_tokens to that to avoid the retry",
+            len(failed),
+            lengths[failed[0]],
+            budget,
+        )
+        return deque(batch[part] for batch in todo for part in token_budget_batches(lengths[batch], budget))
+
+    def _to_device(self, pairs: TokenizedPairs, batch: NDArray[np.int64]) -> dict[str, torch.Tensor]:
+        """Model inputs [B, W] of one batch, padded to its longest pair."""
+        lengths = pairs.lengths[batch]
+        width = int(lengths.max())
+        columns = np.arange(width)
+        if self.padding_side == "left":
+            columns = columns[None, :] - (width - lengths)[:, None]
+        else:
+            columns = np.broadcast_to(columns, (len(batch), width))
+        # Column c of a row holds the pair's token number columns[c], or padding where there is no such token.
+        is_token = (columns >= 0) & (columns < lengths[:, None])
+        source = (pairs.offsets[batch][:, None] + columns)[is_token]
+        input_ids = np.full(is_token.shape, self.pad_token_id, dtype=np.int32)
+        input_ids[is_token] = pairs.input_ids[source]
+        inputs = {"input_ids": self._put(input_ids), "attention_mask": self._put(is_token)}
+        if pairs.token_type_ids is not None:
+            token_types = np.zeros(is_token.shape, dtype=np.uint8)
+            token_types[is_token] = pairs.token_type_ids[source]
+            inputs["token_type_ids"] = self._put(token_types)
+        return inputs
+
+    def _put(self, array: NDArray[np.generic]) -> torch.Tensor:
+        """Copy to the device in the small dtype, widen to int64 there."""
+        return torch.from_numpy(array).to(self.device, non_blocking=True).long()

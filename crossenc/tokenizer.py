@@ -1,0 +1,296 @@
+"""Texts to token ids: pairs exactly as the checkpoint's own tokenizer would encode them, unpadded.
+
+Each distinct query and document is tokenised once per call and pairs are assembled from the ids: a query that
+goes with a hundred documents costs one tokenisation, not a hundred. Knows no model, device or batch.
+
+Shape letters: P pairs, T tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crossenc.errors import CheckpointError, ConfigError, InputError
+from crossenc.records import TokenizedPairs
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerFast
+
+#: Families whose position table starts at padding_idx + 1, so that many of its rows never hold a token.
+_OFFSET_POSITION_FAMILIES = {
+    "camembert",
+    "data2vec-text",
+    "ibert",
+    "lilt",
+    "longformer",
+    "luke",
+    "markuplm",
+    "mpnet",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+}
+#: Texts per call into the Rust tokenizer, whose results take about 100 bytes a token until copied out.
+_TEXTS_PER_CALL = 512
+
+
+def check_texts(texts: Sequence[str], what: str) -> None:
+    """Raise InputError naming the first position whose text is not a str that UTF-8 can hold."""
+    for position, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InputError(f"{what} {position} is a {type(text).__name__}, not text: make it a str")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{what} {position} has a lone surrogate at character {error.start}, which is not text: "
+                "decode the source as UTF-8 with errors='replace'"
+            ) from error
+
+
+def distinct_texts(texts: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:
+    """The distinct texts in order of appearance, and for each of `texts` its position among them, int64."""
+    positions: dict[str, int] = {}
+    rows = np.fromiter((positions.setdefault(text, len(positions)) for text in texts), np.int64, len(texts))
+    return list(positions), rows
+
+
+def position_limit(config: "PretrainedConfig") -> int | None:
+    """Longest input that the positions allow, in tokens with the special ones; None when unbounded."""
+    num_positions = getattr(config, "max_position_embeddings", None)
+    if num_positions is None or num_positions <= 0:
+        return None
+    if config.model_type in _OFFSET_POSITION_FAMILIES:
+        return int(num_positions) - (int(config.pad_token_id) + 1)
+    return int(num_positions)
+
+
+class PairTokenizer:
+    """A checkpoint's fast tokenizer, for (query, document) pairs of at most `max_length` tokens.
+
+    Pairs longer than `max_length` lose tokens of the longer text first (transformers' "longest_first").
+    """
+
+    max_length: int
+    pad_token_id: int
+    padding_side: str
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast", max_length: int) -> None:
+        """Wrap `tokenizer`.
+
+        Raises ConfigError when `max_length` leaves no room for a token of each text, CheckpointError when the
+        tokenizer cannot encode or pad pairs.
+        """
+        if tokenizer.pad_token_id is None:
+            raise CheckpointError("the tokenizer cannot pad: set pad_token in tokenizer_config.json")
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.pad_token_id = int(tokenizer.pad_token_id)
+        self.padding_side = str(tokenizer.padding_side)
+        self._template = _pair_template(tokenizer)
+        if max_length < self._template.num_tokens + 2:
+            raise ConfigError(
+                f"max_length is {max_length}, but a pair has {self._template.num_tokens} special tokens: "
+                f"set max_length to {self._template.num_tokens + 2} or more"
+            )
+
+    @classmethod
+    def from_checkpoint(cls, folder: str | Path, max_length: int | None = None) -> "PairTokenizer":
+        """Load the tokenizer of a local checkpoint folder.
+
+        `max_length` defaults to the smaller of what the tokenizer states and what the positions allow.
+        An explicit one may exceed what the tokenizer states, never what the positions allow.
+        Raises ConfigError for a `max_length` out of range, CheckpointError if the tokenizer does not load.
+        """
+        # Imported here because transformers takes seconds to import, which users of a fake need not wait for.
+        from transformers import AutoTokenizer
+
+        from crossenc.checkpoint import load_config, quiet_transformers
+
+        config = load_config(folder)
+        try:
+            with quiet_transformers():
+                tokenizer = AutoTokenizer.from_pretrained(
+                    str(folder), config=config, trust_remote_code=False, local_files_only=True
+                )
+        except Exception as error:
+            raise CheckpointError(f"the tokenizer of {folder} does not load: {error}") from error
+        if not tokenizer.is_fast:
+            raise CheckpointError(
+                f"the tokenizer of {folder} has no fast (Rust) form: convert it with transformers and save "
+                "its tokenizer.json beside the model"
+            )
+        return cls(tokenizer, _resolve_max_length(config, tokenizer, max_length))
+
+    def encode(self, queries: Sequence[str], documents: Sequence[str]) -> TokenizedPairs:
+        """Tokenise pair p = (queries[p], documents[p]), with special tokens and truncation, without padding.
+
+        Raises InputError for a text that is not a str or holds a lone surrogate, ValueError when the
+        arguments differ in length.
+        """
+        if len(queries) != len(documents):
+            raise ValueError(f"encode needs pairs, got {len(queries)} queries and {len(documents)} documents")
+        check_texts(queries, "query")
+        check_texts(documents, "document")
+        return self._template.join(
+            self._tokenise(queries),
+            self._tokenise(documents),
+            self.max_length,
+            keep_ends=self.tokenizer.truncation_side == "left",
+        )
+
+    def _tokenise(self, texts: Sequence[str]) -> "Ragged":
+        """Token ids of each text without special tokens; equal texts share theirs."""
+        distinct, rows = distinct_texts(texts)
+        backend = self.tokenizer.backend_tokenizer
+        # The state is transformers' too, which sets it anew at each of its own calls.
+        backend.no_truncation()
+        backend.no_padding()
+        ids: list[NDArray[np.int32]] = []
+        for start in range(0, len(distinct), _TEXTS_PER_CALL):
+            chunk = distinct[start : start + _TEXTS_PER_CALL]
+            encodings = backend.encode_batch_fast(chunk, add_special_tokens=False)
+            ids.extend(np.array(encoding.ids, dtype=np.int32) for encoding in encodings)
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        flat = np.concatenate([np.empty(0, np.int32), *ids])
+        return Ragged(flat, (np.cumsum(lengths) - lengths)[rows], lengths[rows])
+
+
+@dataclass(frozen=True, slots=True)
+class Ragged:
+    """Rows of token ids: row p is `flat[starts[p]:starts[p] + lengths[p]]`; rows may share tokens."""
+
+    flat: NDArray[np.int32]
+    starts: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+
+    def cut(self, lengths: NDArray[np.int64], keep_ends: bool) -> "Ragged":
+        """Shorten each row to `lengths`, keeping its last tokens instead of its first ones if `keep_ends`."""
+        starts = self.starts + (self.lengths - lengths) if keep_ends else self.starts
+        return Ragged(self.flat, starts, lengths)
+
+
+@dataclass(frozen=True, slots=True)
+class PairTemplate:
+    """The special tokens around a query and a document, and the token type of every part.
+
+    The five parts are: before the query, the query, between, the document, after. `special_ids` holds the ids
+    of the parts 0, 2 and 4; `part_types` the token types of all five, one value for a text, or None where the
+    model has none.
+    """
+
+    special_ids: tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]
+    part_types: tuple[NDArray[np.uint8], ...] | None
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self.special_ids))
+
+    def join(self, queries: Ragged, documents: Ragged, max_length: int, keep_ends: bool = False) -> TokenizedPairs:
+        """Make pair p of query p and document p, cut to `max_length` tokens, special ones included.
+
+        A text that is cut keeps its first tokens, or its last ones if `keep_ends`.
+        """
+        query_kept, document_kept = _longest_first(queries.lengths, documents.lengths, max_length - self.num_tokens)
+        truncated = query_kept + document_kept < queries.lengths + documents.lengths
+        queries, documents = queries.cut(query_kept, keep_ends), documents.cut(document_kept, keep_ends)
+        before, between, after = self.special_ids
+        parts = (before, queries.flat, between, documents.flat, after)
+        take, offsets = _layout(parts, queries, documents)
+        token_types = None
+        if self.part_types is not None:
+            types = [np.resize(kinds, len(part)) for kinds, part in zip(self.part_types, parts, strict=True)]
+            token_types = np.concatenate(types)[take]
+        return TokenizedPairs(np.concatenate(parts)[take], offsets, token_types, truncated)
+
+
+def _layout(
+    parts: Sequence[NDArray[np.int32]], queries: Ragged, documents: Ragged
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where each token of the pairs is in the concatenated parts, int64 [T], and the pairs' offsets."""
+    num_pairs = len(queries.lengths)
+    lengths = np.tile([len(part) for part in parts], (num_pairs, 1))
+    lengths[:, 1], lengths[:, 3] = queries.lengths, documents.lengths
+    starts = np.tile(np.cumsum([0, *map(len, parts)])[:-1], (num_pairs, 1))
+    starts[:, 1] += queries.starts
+    starts[:, 3] += documents.starts
+    lengths, starts = lengths.ravel(), starts.ravel()
+    ends = np.cumsum(lengths)
+    # A token's source is where its part starts there, plus the token's place in that part.
+    take = np.repeat(starts - (ends - lengths), lengths) + np.arange(lengths.sum())
+    return take, np.concatenate([np.zeros(1, np.int64), ends[4::5]])
+
+
+def _pair_template(tokenizer: "PreTrainedTokenizerFast") -> PairTemplate:
+    """Read the special tokens of a pair off an encoded example."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    example = backend.encode("a", "a", add_special_tokens=True)
+    ids = np.array(example.ids, dtype=np.int32)
+    sequence = example.sequence_ids
+    if not {0, 1} <= set(sequence):
+        raise CheckpointError("the tokenizer makes no tokens of the letter a: its vocabulary is damaged")
+    first, second = sequence.index(0), sequence.index(1)
+    end_of_first = first + sequence.count(0)
+    end_of_second = second + sequence.count(1)
+    if first > second:
+        raise CheckpointError("the tokenizer puts the second text of a pair first, which is not supported")
+    part_types = None
+    if "token_type_ids" in tokenizer.model_input_names:
+        types = np.array(example.type_ids, dtype=np.uint8)
+        part_types = (
+            types[:first],
+            types[first : first + 1],
+            types[end_of_first:second],
+            types[second : second + 1],
+            types[end_of_second:],
+        )
+    return PairTemplate((ids[:first], ids[end_of_first:second], ids[end_of_second:]), part_types)
+
+
+def _longest_first(
+    query_lengths: NDArray[np.int64], document_lengths: NDArray[np.int64], room: int
+) -> NDArray[np.int64]:
+    """Tokens that each query and document keep, int64 [2, P], when a pair may hold `room` text tokens.
+
+    The longer text gives way until both are as long as each other; after that each gets half of the room, the
+    odd token going to the longer one (to the document when they are equally long).
+    """
+    lengths = np.stack([query_lengths, document_lengths])
+    shorter = np.minimum(lengths.min(axis=0), room // 2)
+    longer_is_query = query_lengths > document_lengths
+    cut = np.stack(
+        [
+            np.where(longer_is_query, room - shorter, shorter),
+            np.where(longer_is_query, shorter, room - shorter),
+        ]
+    )
+    return np.where(lengths.sum(axis=0) <= room, lengths, cut)
+
+
+def _resolve_max_length(
+    config: "PretrainedConfig", tokenizer: "PreTrainedTokenizerFast", max_length: int | None
+) -> int:
+    positions = position_limit(config)
+    # transformers writes "no limit" as a number around 1e30.
+    stated = tokenizer.model_max_length if tokenizer.model_max_length < 2**31 else None
+    limits = [limit for limit in (stated, positions) if limit is not None]
+    if max_length is None:
+        if not limits:
+            raise ConfigError("neither the tokenizer nor the model states a longest input: set max_length")
+        return min(limits)
+    if positions is not None and max_length > positions:
+        raise ConfigError(
+            f"max_length is {max_length}, but the model has positions for {positions} tokens: "
+            f"set max_length to at most {positions}"
+        )
+    if max_length <= 0:
+        raise ConfigError(f"max_length is {max_length}: set a positive number of tokens")
+    return max_length

@@ -1,0 +1,177 @@
+"""Runs shards through the stages on a Ray cluster and hands their results to the driver, one by one.
+
+Knows Ray Data and the order of the stages; knows nothing of what was done before or what happens to the results.
+"""
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy, DataContext
+
+from crossenc.errors import ConfigError, CrossEncError
+from pipelines.config import RerankConfig
+from pipelines.stages import (
+    Commit,
+    ContextRef,
+    Item,
+    Result,
+    RunContext,
+    RunControl,
+    ScoreShards,
+    Tasks,
+    parse_result,
+)
+from pipelines.storage import redact
+
+#: How often the driver looks up from waiting: at signals, at the lease, at the clock.
+POLL_SECONDS = 0.2
+_COMMIT_CPUS = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """A run's objects on the cluster."""
+
+    context: ContextRef
+    control: Any
+
+    @classmethod
+    def prepare(cls, context: RunContext) -> "Cluster":
+        """Puts the context into the object store and starts the control actor."""
+        return cls(ContextRef(ray.put(context)), ray.remote(num_cpus=0)(RunControl).remote())
+
+    def stop(self) -> set[str]:
+        """Lets no more shards begin; returns the ids of those that have begun."""
+        begun: set[str] = ray.get(self.control.stop.remote())
+        return begun
+
+
+def actor_cpus(config: RerankConfig, cores: int) -> tuple[float, int]:
+    """The CPUs each scoring actor reserves and the torch threads it uses: its share of the cores without a GPU."""
+    scoring = config.scoring
+    if scoring.cpus_per_actor is not None:
+        return scoring.cpus_per_actor, max(1, int(scoring.cpus_per_actor))
+    if scoring.gpus_per_actor > 0:
+        return 1.0, 1
+    share = max(1, cores // scoring.actors)
+    return float(share), share
+
+
+def check_resources(config: RerankConfig, cpus_per_actor: float) -> None:
+    """Raises ConfigError where the cluster can never hold the scoring actors beside a reading task.
+
+    A cluster that scales up by itself may be smaller than it will be; then only what no node type could give
+    matters, so an autoscaled cluster is not checked.
+    """
+    if ray._private.worker.global_worker.node is None and ray.is_initialized():
+        return  # connected to a remote cluster: it may be waiting for nodes
+    have = ray.cluster_resources()
+    scoring = config.scoring
+    wanted_cpus = scoring.actors * cpus_per_actor + config.cpus_per_tokeniser + _COMMIT_CPUS
+    wanted_gpus = scoring.actors * scoring.gpus_per_actor
+    if wanted_cpus > have.get("CPU", 0) or wanted_gpus > have.get("GPU", 0):
+        raise ConfigError(
+            f"{scoring.actors} scoring actors need {wanted_cpus:g} CPUs (with the reading and writing tasks) and"
+            f" {wanted_gpus:g} GPUs, but Ray has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs here;"
+            " lower scoring.actors, scoring.cpus_per_actor or scoring.gpus_per_actor"
+        )
+
+
+def run(
+    items: Sequence[Item],
+    cluster: Cluster,
+    config: RerankConfig,
+    cpus_per_actor: float,
+    stop_reading: threading.Event,
+) -> Iterator[Result | None]:
+    """Runs shards, or with numbers as items buckets, and yields results as they come, None now and then between.
+
+    Set `stop_reading` and leave the loop to end early: what is in work is dropped.
+    """
+    are_buckets = bool(items) and isinstance(items[0], int)
+    dataset = _dataset(items, cluster, config, cpus_per_actor, are_buckets)
+    results: queue.Queue[Result | BaseException | None] = queue.Queue()
+
+    def consume() -> None:
+        try:
+            for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                for row in batch.to_pylist():
+                    results.put(parse_result(row))
+                if stop_reading.is_set():
+                    break
+        except BaseException as error:
+            results.put(error)
+        finally:
+            results.put(None)
+
+    thread = threading.Thread(target=consume, name="shard-results", daemon=True)
+    thread.start()
+    while True:
+        try:
+            result = results.get(timeout=POLL_SECONDS)
+        except queue.Empty:
+            yield None
+            continue
+        if result is None:
+            return
+        if isinstance(result, BaseException):
+            raise _cluster_error(result) from result
+        yield result
+
+
+def _dataset(
+    items: Sequence[Item],
+    cluster: Cluster,
+    config: RerankConfig,
+    cpus_per_actor: float,
+    are_buckets: bool,
+) -> "ray.data.Dataset":
+    _configure_ray_data()
+    dataset = ray.data.read_datasource(
+        Tasks(items, cluster.context),
+        override_num_blocks=len(items),
+        num_cpus=config.cpus_per_tokeniser,
+    )
+    if not are_buckets:
+        dataset = dataset.map_batches(
+            ScoreShards,
+            fn_constructor_kwargs={"context": cluster.context, "control": cluster.control},
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(size=config.scoring.actors, max_tasks_in_flight_per_actor=2),
+            num_cpus=cpus_per_actor,
+            num_gpus=config.scoring.gpus_per_actor or None,
+            # Asked for by this stage alone: Ray fuses stages of equal needs, and reading would run in the actor.
+            memory=1,
+        )
+    return dataset.map_batches(
+        Commit(cluster.context, is_bucket=are_buckets),
+        batch_size=1,
+        batch_format="pyarrow",
+        num_cpus=_COMMIT_CPUS,
+    )
+
+
+def _configure_ray_data() -> None:
+    """Settings for one block per shard, and for waiting as long as it takes for preempted nodes to come back."""
+    context = DataContext.get_current()
+    context.target_max_block_size = None
+    context.execution_options.preserve_order = False
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.max_errored_blocks = 0
+    context.issue_detectors_config.detectors = []
+    context.execution_no_progress_timeout_s = -1
+
+
+def _cluster_error(error: BaseException) -> CrossEncError:
+    lines = [line for line in redact(str(error)).splitlines() if line.strip()]
+    reason = lines[-1][:300] if lines else type(error).__name__
+    return CrossEncError(
+        f"the Ray cluster could not go on ({type(error).__name__}: {reason}); run the same command again to resume"
+    )

@@ -1,0 +1,258 @@
+"""The end of a run: everything is counted, the manifest is written, then the report, then the mark of success."""
+
+import json
+import platform
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+import pyarrow.parquet as pq
+
+from crossenc.errors import CrossEncError, RunConflictError
+from pipelines import evaluate, report
+from pipelines.commit import COUNTS
+from pipelines.config import RerankConfig
+from pipelines.plan import FORMAT, Plan
+from pipelines.records import (
+    LENGTH_EDGES,
+    SCORE_BINS,
+    RefusedExample,
+    RunSummary,
+    ShardCounts,
+    ShardRecord,
+    StageSeconds,
+)
+from pipelines.storage import Location, delete, list_files, open_input, put, put_new, read_bytes
+
+if TYPE_CHECKING:
+    from pipelines.rerank import Outcome
+
+MANIFEST_FILE = "_manifest.json"
+SUCCESS_FILE = "_SUCCESS"
+REPORT_FILE = "report.html"
+_SIDE_FOLDERS = ("completeness", "quarantine", "trec")
+_EXAMPLES_PER_REASON = 3
+_PACKAGES = ("crossenc", "torch", "transformers", "ray", "pyarrow")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedRun:
+    """A run whose parts are all committed. In two-phase runs `shard_records` are those of the scored shards."""
+
+    config: RerankConfig
+    plan: Plan
+    output: Location
+    model_name: str
+    score_range: tuple[float, float]
+    records: Mapping[str, ShardRecord]
+    shard_records: Mapping[str, ShardRecord]
+    interpolation: str
+    elapsed_seconds: float
+
+
+def finish(run: FinishedRun, say: Callable[[str], None]) -> ShardCounts:
+    """Reconciles, writes manifest, report and mark, and returns the counts of the whole run."""
+    counts = _reconcile(run)
+    summary = _summarise(run, counts, say)
+    body = put_new(run.output / MANIFEST_FILE, json.dumps(_manifest(run, summary), indent=1).encode())
+    if json.loads(body)["fingerprint"] != run.plan.fingerprint:
+        raise RunConflictError(f"{run.output / MANIFEST_FILE} is of another run; start over with --new-run")
+    _remove_orphans(run)
+    put(run.output / REPORT_FILE, report.render(summary).encode())
+    put(run.output / SUCCESS_FILE, b"")
+    return counts
+
+
+def confirm(output: Location) -> "Outcome":
+    """The outcome of a run that is finished already, after a look at whether its parts are all there."""
+    from pipelines.rerank import Outcome
+
+    manifest = json.loads(read_bytes(output / MANIFEST_FILE))
+    stored = {file.location.uri: file.num_bytes for file in list_files(output)}
+    for part in manifest["parts"]:
+        if stored.get((output / part["path"]).uri) != part["bytes"]:
+            raise RunConflictError(
+                f"the run on {output} was finished, but {part['path']} is missing or changed since; restore it, or"
+                " make everything again with --new-run"
+            )
+    counts = COUNTS.validate_python(manifest["counts"])
+    return Outcome("already done", output, f"nothing to do: this run is finished; see {output / REPORT_FILE}", counts)
+
+
+def add_counts(counts: Iterable[ShardCounts]) -> ShardCounts:
+    """The sum over shards."""
+    refused: Counter[str] = Counter()
+    sums: Counter[str] = Counter()
+    scores, lengths = [0] * SCORE_BINS, [0] * (len(LENGTH_EDGES) + 1)
+    for one in counts:
+        refused.update(one.refused)
+        for name in _SUMMED:
+            sums[name] += getattr(one, name)
+        scores = [a + b for a, b in zip(scores, one.score_histogram, strict=True)]
+        lengths = [a + b for a, b in zip(lengths, one.length_histogram, strict=True)]
+    return ShardCounts(
+        refused=dict(sorted(refused.items())),
+        score_histogram=tuple(scores),
+        length_histogram=tuple(lengths),
+        **{name: sums[name] for name in _SUMMED},
+    )
+
+
+_SUMMED = (
+    "num_queries",
+    "num_candidates",
+    "num_scored",
+    "num_results",
+    "num_tokens",
+    "num_padded_tokens",
+    "num_truncated",
+)
+
+
+def _reconcile(run: FinishedRun) -> ShardCounts:
+    """The run's counts, checked: nothing came from nowhere and nothing went missing."""
+    counts = add_counts(record.counts for record in run.records.values())
+    if run.plan.is_two_phase:
+        scored = add_counts(record.counts for record in run.shard_records.values())
+        if scored.num_candidates != counts.num_candidates:
+            raise CrossEncError(
+                f"{scored.num_candidates:,} candidates were scored but {counts.num_candidates:,} were ranked; start"
+                " over with --new-run and report this as a bug"
+            )
+        merged = asdict(scored) | {
+            name: getattr(counts, name)
+            for name in ("num_queries", "num_candidates", "num_scored", "num_results", "refused")
+        }
+        counts = ShardCounts(**merged)
+    num_rows = sum(file.num_rows for file in run.plan.inputs)
+    if run.plan.columns.layout != "nested" and counts.num_candidates != num_rows:
+        raise CrossEncError(
+            f"the input has {num_rows:,} rows but {counts.num_candidates:,} came out; start over with --new-run and"
+            " report this as a bug"
+        )
+    if counts.num_candidates != counts.num_scored + sum(counts.refused.values()):
+        raise CrossEncError("scored and refused do not add up to the candidates; report this as a bug")
+    return counts
+
+
+def _summarise(run: FinishedRun, counts: ShardCounts, say: Callable[[str], None]) -> RunSummary:
+    timed = [record for record in run.shard_records.values() if record.finished_at > 0]
+    seconds = StageSeconds(
+        **{
+            stage: sum(getattr(record.seconds, stage) for record in timed)
+            for stage in ("read", "tokenise", "score", "write")
+        }
+    )
+    evaluation = evaluate.Evaluation((), "")
+    if run.config.qrels:
+        say("comparing with the first stage on the judged queries …")
+        qrels = evaluate.read_qrels(run.config.qrels, run.config.storage_options)
+        evaluation = evaluate.compare(run.plan, run.output, qrels, run.config.top_k, run.config.storage_options)
+    hours = run.elapsed_seconds / 3600
+    return RunSummary(
+        output=str(run.output),
+        candidates=run.config.candidate_uris,
+        model=run.model_name,
+        top_k=run.config.top_k,
+        counts=counts,
+        num_shards=len(run.shard_records),
+        num_shards_timed=len(timed),
+        elapsed_seconds=run.elapsed_seconds,
+        seconds=seconds,
+        throughput=tuple(sorted((record.finished_at, record.counts.num_scored) for record in timed)),
+        score_range=run.score_range,
+        refused_examples=_examples(run),
+        evaluation=evaluation.comparisons,
+        evaluation_note=evaluation.note,
+        interpolation=run.interpolation,
+        cost=None if run.config.price_per_hour is None else hours * run.config.price_per_hour,
+        versions={package: version(package) for package in _PACKAGES} | {"python": platform.python_version()},
+    )
+
+
+def _examples(run: FinishedRun) -> tuple[RefusedExample, ...]:
+    """A few refused candidates of each reason, in input order."""
+    chosen: dict[str, list[RefusedExample]] = {}
+    wanted = {reason for record in run.records.values() for reason in record.counts.refused}
+    for _, record in sorted(run.records.items()):
+        if all(len(chosen.get(reason, ())) >= _EXAMPLES_PER_REASON for reason in record.counts.refused):
+            continue
+        for path in record.side_paths:
+            if not path.startswith("quarantine/"):
+                continue
+            for row in _read_rows(run.output / path):
+                examples = chosen.setdefault(str(row["reason"]), [])
+                if len(examples) < _EXAMPLES_PER_REASON:
+                    examples.append(_example(row))
+        if all(len(chosen.get(reason, ())) >= _EXAMPLES_PER_REASON for reason in wanted):
+            break
+    return tuple(example for reason in sorted(chosen) for example in chosen[reason])
+
+
+def _read_rows(location: Location) -> list[dict[str, object]]:
+    file = next(
+        file
+        for file in list_files(Location(location.uri.rpartition("/")[0], location.options))
+        if file.location == location
+    )
+    with open_input(file) as source:
+        table = pq.ParquetFile(source).read_row_group(0)
+        rows: list[dict[str, object]] = table.slice(0, 1000).to_pylist()
+        return rows
+
+
+def _example(row: Mapping[str, object]) -> RefusedExample:
+    return RefusedExample(
+        reason=str(row["reason"]),
+        query_id=str(row["query_id"] if row["query_id"] is not None else "")[:80],
+        doc_id=str(row["doc_id"] if row["doc_id"] is not None else "")[:80],
+        file=str(row["file"]),
+        row=int(str(row["row"])),
+        detail=str(row["detail"] or "")[:200],
+    )
+
+
+def _manifest(run: FinishedRun, summary: RunSummary) -> dict[str, object]:
+    parts = [
+        {
+            "path": record.path,
+            "rows": record.counts.num_results,
+            "bytes": record.num_bytes,
+            "sha256": record.sha256,
+            "sides": list(record.side_paths),
+        }
+        for _, record in sorted(run.records.items())
+    ]
+    seconds = max(sum(asdict(summary.seconds).values()), 1e-9)
+    return {
+        "format": FORMAT,
+        "fingerprint": run.plan.fingerprint,
+        "depends_on": dict(run.plan.parts),
+        "skipped_files": [list(entry) for entry in run.plan.skipped],
+        "counts": asdict(summary.counts),
+        "model": summary.model,
+        "interpolation": summary.interpolation,
+        "elapsed_seconds": round(summary.elapsed_seconds, 3),
+        "pairs_per_second": round(summary.counts.num_scored / max(summary.elapsed_seconds, 1e-9), 3),
+        "time_share": {name: round(value / seconds, 4) for name, value in asdict(summary.seconds).items()},
+        "padding_share": round(1 - summary.counts.num_tokens / max(summary.counts.num_padded_tokens, 1), 4),
+        "cost": summary.cost,
+        "evaluation": [asdict(comparison) for comparison in summary.evaluation],
+        "evaluation_note": summary.evaluation_note,
+        "versions": dict(summary.versions),
+        "parts": parts,
+    }
+
+
+def _remove_orphans(run: FinishedRun) -> None:
+    """Deletes side files that no part names: what an attempt left that lost the race for its part."""
+    named = {(run.output / path).uri for record in run.records.values() for path in record.side_paths}
+    orphans = [
+        file.location
+        for folder in _SIDE_FOLDERS
+        for file in list_files(run.output / folder)
+        if file.location.uri not in named
+    ]
+    delete(orphans)

@@ -1,0 +1,283 @@
+"""Recognises how candidates are laid out in a table, and which column plays which role.
+
+Three layouts: `nested` (one row a query, with lists of documents), `pairs` (one row a query-document pair, with the
+texts) and `ids` (one row a pair, texts in the tables `queries` and `corpus`). It looks at schemas only, never at data.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+import pyarrow as pa
+import pyarrow.types as pt
+
+from crossenc.errors import InputError
+from pipelines.config import LayoutName
+
+_DOC_ID_NAMES = (
+    "doc_id",
+    "docid",
+    "docno",
+    "pid",
+    "corpus_id",
+    "corpus-id",
+    "passage_id",
+    "document_id",
+    "did",
+)
+#: Role -> the column names that mean it, the first that is present wins. A configured name comes before them.
+ALIASES: Mapping[str, tuple[str, ...]] = {
+    "query_id": ("query_id", "qid", "query-id", "queryid", "topic_id"),
+    "query": ("query", "query_text", "question", "topic"),
+    "doc_id": _DOC_ID_NAMES,
+    "text": (
+        "text",
+        "document",
+        "document_text",
+        "passage",
+        "doc",
+        "doc_text",
+        "contents",
+        "content",
+        "body",
+    ),
+    "title": ("title", "doc_title"),
+    "rank": ("rank", "first_stage_rank"),
+    "score": ("score", "first_stage_score", "bm25", "bm25_score", "retrieval_score"),
+    "doc_ids": ("doc_ids", "docids", "docnos", "pids", "corpus_ids", "passage_ids", "document_ids"),
+    "documents": ("documents", "docs", "passages", "texts", "candidates"),
+    "titles": ("titles",),
+    "ranks": ("ranks",),
+    "scores": ("scores", "first_stage_scores"),
+}
+
+
+#: Columns that results have of their own; an input column of such a name is not passed through.
+RESULT_NAMES = ("query_id", "doc_id", "rank", "score", "model_score", "first_stage_rank", "first_stage_score")
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Which columns of one layout hold what. A role that the table lacks is None.
+
+    In the nested layout the document roles name list columns, or, where `struct` is set, fields of that
+    list<struct> column.
+    """
+
+    layout: LayoutName
+    query_id: str
+    doc_id: str
+    query: str | None = None
+    text: str | None = None
+    title: str | None = None
+    rank: str | None = None
+    score: str | None = None
+    struct: str | None = None
+    pass_through: tuple[str, ...] = ()
+
+    def to_read(self) -> list[str]:
+        """The top-level columns to read from a file."""
+        document_roles = [self.struct] if self.struct else [self.doc_id, self.text, self.title, self.rank, self.score]
+        names = [self.query_id, self.query, *document_roles, *self.pass_through]
+        return list(dict.fromkeys(name for name in names if name is not None))
+
+
+def resolve(
+    schema: pa.Schema,
+    *,
+    layout: str,
+    names: Mapping[str, str],
+    pass_through: Sequence[str],
+    has_texts: bool,
+    file: str,
+) -> Columns:
+    """The columns to use in a file with `schema`. `has_texts` says whether queries and corpus tables are given.
+
+    Raises InputError that lists what is there and suggests the nearest name.
+    """
+    unknown = [role for role in names if role not in ALIASES]
+    if unknown:
+        raise InputError(f"columns: {unknown[0]!r} is not a role; roles are {', '.join(ALIASES)}")
+    check_schema(schema, file)
+    finder = Finder(schema, names, file)
+    if layout == "auto":
+        layout = _recognise(finder, has_texts)
+    query_id = finder.required("query_id")
+    for column in pass_through:
+        finder.check_present(column, "pass_through")
+        if column in RESULT_NAMES:
+            raise InputError(f"pass_through: {column!r} is a column of the results already; leave it out")
+    if layout == "nested":
+        return _nested(finder, query_id, tuple(pass_through))
+    has_own_texts = layout == "pairs"
+    if not has_own_texts and not has_texts:
+        raise InputError(f"{file} holds ids only: name the tables with the texts as `queries` and `corpus`")
+    columns = Columns(
+        layout="pairs" if has_own_texts else "ids",
+        query_id=query_id,
+        doc_id=finder.required("doc_id"),
+        query=finder.required("query") if has_own_texts else None,
+        text=finder.required("text") if has_own_texts else None,
+        title=finder.optional("title") if has_own_texts else None,
+        rank=finder.optional("rank"),
+        score=finder.optional("score"),
+        pass_through=tuple(pass_through),
+    )
+    _check_types(schema, columns, file)
+    return columns
+
+
+def _recognise(finder: "Finder", has_texts: bool) -> str:
+    if finder.optional("doc_id"):
+        return "ids" if has_texts else ("pairs" if finder.optional("text") else "ids")
+    if finder.optional("doc_ids") or finder.optional("documents"):
+        return "nested"
+    finder.required("doc_id")
+    raise AssertionError("unreachable: required() raises")
+
+
+def _nested(finder: "Finder", query_id: str, pass_through: tuple[str, ...]) -> Columns:
+    schema, file = finder.schema, finder.file
+    documents = finder.required("documents")
+    query = finder.required("query")
+    kind = schema.field(documents).type
+    if not is_list(kind):
+        raise InputError(f"{file}: column {documents!r} is {kind}, but a nested layout needs a list in it")
+    if pt.is_struct(kind.value_type):
+        fields = Finder(pa.schema(list(kind.value_type)), finder.names, f"{file}, column {documents!r}")
+        columns = Columns(
+            layout="nested",
+            doc_id=fields.required("doc_id"),
+            query=query,
+            text=fields.required("text"),
+            title=fields.optional("title"),
+            rank=fields.optional("rank"),
+            score=fields.optional("score"),
+            struct=documents,
+            query_id=query_id,
+            pass_through=pass_through,
+        )
+        _check_types(fields.schema, columns, fields.file, nested_struct=True)
+        return columns
+    columns = Columns(
+        layout="nested",
+        doc_id=finder.required("doc_ids"),
+        query=query,
+        text=documents,
+        title=finder.optional("titles"),
+        rank=finder.optional("ranks"),
+        score=finder.optional("scores"),
+        query_id=query_id,
+        pass_through=pass_through,
+    )
+    flat = {
+        name: schema.field(name).type.value_type if is_list(schema.field(name).type) else schema.field(name).type
+        for name in schema.names
+    }
+    _check_types(pa.schema(flat.items()), columns, file)
+    return columns
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Whether values are lists."""
+    return bool(pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind))
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether values are text or bytes, dictionary-coded or not."""
+    if pt.is_dictionary(kind):
+        kind = kind.value_type
+    tests = (pt.is_string, pt.is_large_string, pt.is_string_view, pt.is_binary, pt.is_large_binary)
+    return any(test(kind) for test in tests)
+
+
+def _check_types(schema: pa.Schema, columns: Columns, file: str, nested_struct: bool = False) -> None:
+    def check(name: str | None, role: str, allowed: bool, wanted: str) -> None:
+        if name is not None and not allowed:
+            kind = schema.field(name).type
+            raise InputError(f"{file}: column {name!r} ({role}) is {kind}, but must be {wanted}; cast it first")
+
+    def kind(name: str | None) -> pa.DataType:
+        return schema.field(name).type if name is not None else pa.null()
+
+    outer = () if nested_struct else (("query", columns.query), ("query_id", columns.query_id))
+    for role, name in (
+        *outer,
+        ("document text", columns.text),
+        ("title", columns.title),
+        ("doc_id", columns.doc_id),
+    ):
+        is_id = role.endswith("_id")
+        allowed = is_text(kind(name)) or (is_id and pt.is_integer(kind(name)))
+        check(name, role, allowed, "text or an integer" if is_id else "text")
+    check(columns.rank, "rank", pt.is_integer(kind(columns.rank)), "an integer")
+    numeric = pt.is_floating(kind(columns.score)) or pt.is_integer(kind(columns.score))
+    check(columns.score, "score", numeric, "a number")
+
+
+def check_schema(schema: pa.Schema, file: str) -> None:
+    """Raises InputError for a schema that is ambiguous or unsafe to read."""
+    twice = [name for name in set(schema.names) if schema.names.count(name) > 1]
+    if twice:
+        raise InputError(f"{file} has two columns named {sorted(twice)[0]!r}; rename one")
+    for field in schema:
+        if isinstance(field.type, pa.BaseExtensionType) or b"ARROW:extension:name" in (field.metadata or {}):
+            raise InputError(
+                f"{file}: column {field.name!r} has the extension type {field.type}, which could run code when it is"
+                " read; write the file again with plain columns"
+            )
+
+
+def check_same(first: pa.Schema, other: pa.Schema, columns: Columns, first_file: str, other_file: str) -> None:
+    """Raises InputError unless the columns to read have the same types in both files (text types count as one)."""
+    for name in columns.to_read():
+        if name not in other.names:
+            raise InputError(f"{other_file} has no column {name!r}, but {first_file} has: make the files alike")
+        left, right = first.field(name).type, other.field(name).type
+        if left != right and not (is_text(left) and is_text(right)) and _shape(left) != _shape(right):
+            raise InputError(f"column {name!r} is {left} in {first_file} but {right} in {other_file}: make them alike")
+
+
+def _shape(kind: pa.DataType) -> str:
+    """A type's name with all text types written alike."""
+    if is_text(kind):
+        return "text"
+    if is_list(kind):
+        return f"list<{_shape(kind.value_type)}>"
+    if pt.is_struct(kind):
+        return "struct<" + ",".join(f"{field.name}:{_shape(field.type)}" for field in kind) + ">"
+    return str(kind)
+
+
+class Finder:
+    """Looks up columns by role in one schema."""
+
+    def __init__(self, schema: pa.Schema, names: Mapping[str, str], file: str) -> None:
+        self.schema, self.names, self.file = schema, names, file
+
+    def optional(self, role: str) -> str | None:
+        if role in self.names and self.names[role] in self.schema.names:
+            return self.names[role]
+        return next((name for name in ALIASES[role] if name in self.schema.names), None)
+
+    def required(self, role: str) -> str:
+        if role in self.names:
+            self.check_present(self.names[role], f"columns.{role}")
+        found = self.optional(role)
+        if found is None:
+            raise InputError(
+                f"{self.file} has no column for {role} (looked for {', '.join(ALIASES[role][:4])} …); it has"
+                f" {', '.join(self.schema.names)}.{self._suggest(role)} Set columns: {{{role}: <its name>}}"
+            )
+        return found
+
+    def check_present(self, name: str, setting: str) -> None:
+        if name not in self.schema.names:
+            raise InputError(
+                f"{self.file} has no column {name!r} (from {setting}); it has {', '.join(self.schema.names)}."
+                f"{self._suggest(name)}"
+            )
+
+    def _suggest(self, name: str) -> str:
+        near = get_close_matches(name, self.schema.names, n=1, cutoff=0.5)
+        return f" Did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,140 @@
+"""What is committed: the parts in storage, and nothing else, say which shards of a run are done.
+
+Beside it a journal keeps what parts cannot say of themselves because equal shards must give equal files: timings,
+and digests. The journal is a convenience; what it lacks is measured again or left out of the report.
+"""
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from crossenc.errors import RunConflictError
+from pipelines.commit import Part, parse_footer
+from pipelines.plan import RUN_FOLDER
+from pipelines.records import ShardRecord, StageSeconds
+from pipelines.stages import RECORD
+from pipelines.storage import FileInfo, Location, list_files, open_input, put, read_bytes
+
+JOURNAL_FOLDER = f"{RUN_FOLDER}/journal"
+_FLUSH_SECONDS = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """The committed parts of one folder by part id, and damaged objects that bear a part's name."""
+
+    parts: Mapping[str, tuple[FileInfo, Part]]
+    damaged: tuple[Location, ...]
+
+
+def read(output: Location, folder: str, part_ids: Collection[str], fingerprint: str) -> Ledger:
+    """Lists `folder` and checks every part's footer.
+
+    Raises RunConflictError when a file there is not a part of this run.
+    """
+    wanted = set(part_ids)
+    files = [f for f in list_files(output / folder) if not f.location.name.startswith((".", "_"))]
+    for file in files:
+        match = re.fullmatch(r"part-([0-9a-z-]+)\.parquet", file.location.name)
+        if match is None or match[1] not in wanted or (output / folder / file.location.name) != file.location:
+            raise RunConflictError(
+                f"{file.location} is not part of this run; choose another output, or start over with --new-run"
+            )
+    with ThreadPoolExecutor(32) as pool:
+        footers = list(pool.map(_read_part, files))
+    parts: dict[str, tuple[FileInfo, Part]] = {}
+    damaged = []
+    for file, part in zip(files, footers, strict=True):
+        part_id = file.location.name.removeprefix("part-").removesuffix(".parquet")
+        if part is None or part.shard_id != part_id:
+            damaged.append(file.location)
+        elif part.fingerprint != fingerprint:
+            raise RunConflictError(
+                f"{file.location} belongs to another run; choose another output, or start over with --new-run"
+            )
+        else:
+            parts[part_id] = (file, part)
+    return Ledger(parts, tuple(damaged))
+
+
+def _read_part(file: FileInfo) -> Part | None:
+    try:
+        with open_input(file) as source:
+            return parse_footer(pq.read_metadata(source))
+    except pa.ArrowInvalid:
+        return None
+
+
+class Journal:
+    """Appends records to storage now and then; one driver writes one journal."""
+
+    def __init__(self, output: Location, epoch: int) -> None:
+        self._output, self._epoch = output, epoch
+        self._pending: list[bytes] = []
+        self._num_files = 0
+        self._flushed_at = time.monotonic()
+
+    def add(self, record: ShardRecord) -> None:
+        self._pending.append(RECORD.dump_json(record))
+        if time.monotonic() - self._flushed_at > _FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._pending:
+            name = f"{JOURNAL_FOLDER}/records-{self._epoch:06d}-{self._num_files:06d}.jsonl"
+            put(self._output / name, b"\n".join(self._pending) + b"\n")
+            self._pending.clear()
+            self._num_files += 1
+        self._flushed_at = time.monotonic()
+
+
+def read_journal(output: Location) -> dict[str, ShardRecord]:
+    """Every journaled record by part id."""
+    files = [f for f in list_files(output / JOURNAL_FOLDER) if f.location.name.endswith(".jsonl")]
+    with ThreadPoolExecutor(16) as pool:
+        contents = list(pool.map(lambda file: read_bytes(file.location), files))
+    return {record.shard_id: record for content in contents for record in _parse(content)}
+
+
+def _parse(content: bytes) -> Iterable[ShardRecord]:
+    for line in content.splitlines():
+        if line and json.loads(line).get("shard_id"):
+            yield RECORD.validate_json(line)
+
+
+def recorded(output: Location, folder: str, ledger: Ledger) -> dict[str, ShardRecord]:
+    """A record for every committed part: from the journal where it has one, else from the part itself, untimed."""
+    journal = read_journal(output) if ledger.parts else {}
+    records = {}
+    unknown = []
+    for part_id, (file, part) in ledger.parts.items():
+        record = journal.get(part_id)
+        if record is not None and record.path.startswith(folder) and record.num_bytes == file.num_bytes:
+            records[part_id] = replace(record, counts=part.counts, side_paths=part.side_paths)
+        else:
+            unknown.append((part_id, file, part))
+    with ThreadPoolExecutor(8) as pool:
+        for record in pool.map(lambda entry: _measure(folder, *entry), unknown):
+            records[record.shard_id] = record
+    return records
+
+
+def _measure(folder: str, part_id: str, file: FileInfo, part: Part) -> ShardRecord:
+    data = read_bytes(file.location)
+    return ShardRecord(
+        shard_id=part_id,
+        path=f"{folder}/{file.location.name}",
+        num_bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        counts=part.counts,
+        seconds=StageSeconds(),
+        finished_at=0.0,
+        side_paths=part.side_paths,
+    )

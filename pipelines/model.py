@@ -1,0 +1,150 @@
+"""The model of a run, as a value that travels to every node: where it comes from and how to load its two halves.
+
+The tokenizer is loaded by CPU tasks, the scorer by scoring actors; both from a node-local copy whose files are
+checked against the digests that the run was planned with.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crossenc.errors import CheckpointError, InputError, ScoreError
+from crossenc.records import TokenizedPairs
+from pipelines.config import RerankConfig
+from pipelines.prepare import Tokenizer
+
+
+class Scorer(Protocol):
+    """Scores tokenised pairs, float32 [P]; works in batches of at most `max_batch_tokens` padded tokens."""
+
+    @property
+    def max_batch_tokens(self) -> int: ...
+
+    def score(self, pairs: TokenizedPairs) -> NDArray[np.float32]: ...
+
+
+class Model(Protocol):
+    """What a run needs of a model. Instances are small and can be sent to other processes."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        ...
+
+    def digests(self) -> Mapping[str, str]:
+        """SHA-256 of each file, or whatever else identifies the model's results exactly."""
+        ...
+
+    def score_range(self) -> tuple[float, float]:
+        """Edges for the score histogram."""
+        ...
+
+    def load_tokenizer(self) -> Tokenizer: ...
+
+    def load_scorer(self, threads: int) -> Scorer: ...
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointModel:
+    """A cross-encoder checkpoint: a folder that every node can read, a URI, or a hub id with `@revision`."""
+
+    source: str
+    dtype: str = "float32"
+    max_length: int | None = None
+    max_batch_tokens: int | None = None
+    device: str | None = None
+    storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    expected: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def name(self) -> str:
+        return self.source
+
+    def digests(self) -> Mapping[str, str]:
+        from crossenc.checkpoint import file_digests
+
+        return file_digests(self._folder())
+
+    def pinned(self) -> "CheckpointModel":
+        """The same model, which from now on refuses to load from files with other digests."""
+        return replace(self, expected=dict(self.digests()))
+
+    def score_range(self) -> tuple[float, float]:
+        from crossenc.checkpoint import load_config, resolve_activation
+
+        folder = self._folder()
+        config = load_config(folder)
+        if config.num_labels != 1:
+            raise InputError(
+                f"{self.source} gives {config.num_labels} scores a pair; reranking needs a model with one label"
+            )
+        return (0.0, 1.0) if resolve_activation(folder, config).endswith("Sigmoid") else (-12.0, 12.0)
+
+    def load_tokenizer(self) -> Tokenizer:
+        from crossenc.tokenizer import PairTokenizer
+
+        return PairTokenizer.from_checkpoint(self._folder(), self.max_length)
+
+    def load_scorer(self, threads: int) -> Scorer:
+        import torch
+
+        from crossenc.engine import Engine
+        from crossenc.tokenizer import PairTokenizer
+
+        torch.set_num_threads(threads)
+        folder = self._folder()
+        self._check_files(folder)
+        tokenizer = PairTokenizer.from_checkpoint(folder, self.max_length)
+        engine = Engine.from_checkpoint(
+            folder,
+            tokenizer,
+            dtype=getattr(torch, self.dtype),
+            device=self.device,
+            max_batch_tokens=self.max_batch_tokens,
+        )
+        check_canary(engine, tokenizer, self.source)
+        return engine
+
+    def _folder(self) -> Path:
+        from crossenc.checkpoint import fetch
+
+        source, _, revision = self.source.partition("@") if "://" not in self.source else (self.source, "", "")
+        return fetch(source, revision=revision or None, storage_options=self.storage_options)
+
+    def _check_files(self, folder: Path) -> None:
+        from crossenc.checkpoint import file_digests
+
+        if not self.expected:
+            return
+        found = file_digests(folder)
+        changed = [name for name in sorted({*found, *self.expected}) if found.get(name) != self.expected.get(name)]
+        if changed:
+            raise CheckpointError(
+                f"{folder} differs on this node from the model that the run was planned with ({', '.join(changed)});"
+                " remove the copy so that it is fetched again"
+            )
+
+
+def from_config(config: RerankConfig) -> CheckpointModel:
+    """The model that a job names."""
+    scoring = config.scoring
+    return CheckpointModel(
+        source=config.model,
+        dtype=scoring.dtype,
+        max_length=scoring.max_length,
+        max_batch_tokens=scoring.max_batch_tokens,
+        device="cuda" if scoring.gpus_per_actor > 0 else "cpu",
+        storage_options=config.storage_options if "://" in config.model else {},
+    )
+
+
+def check_canary(scorer: Scorer, tokenizer: Tokenizer, name: str) -> None:
+    """Scores one harmless pair. Raises ScoreError unless the score is finite: the model is broken then."""
+    pairs = tokenizer.encode(["what is a query"], ["a query is a question put to a search engine"])
+    score = scorer.score(pairs)
+    if not np.isfinite(score).all():
+        raise ScoreError(f"{name} gives {score.ravel()[0]} for an ordinary pair: its weights are damaged")

@@ -1,0 +1,328 @@
+"""The rerank job: plan, score, commit, finish. Reads like the protocol; each step is a module of its own.
+
+Any process may die at any moment. What is committed is in storage, and running the same command again does the rest.
+"""
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TextIO
+
+import pyarrow.parquet as pq
+
+from crossenc.errors import ConfigError, CrossEncError, RunConflictError
+from pipelines import execute, finish, lease, ledger, weights
+from pipelines import plan as plans
+from pipelines.commit import RESULTS_FOLDER, SCORED_FOLDER, CommitSettings
+from pipelines.config import RerankConfig
+from pipelines.inputs import list_candidates, scan
+from pipelines.model import Model, from_config
+from pipelines.plan import RUN_FOLDER, Plan
+from pipelines.prepare import ReadSettings, pass_through_fields
+from pipelines.progress import Progress
+from pipelines.rank import RankSettings
+from pipelines.records import ShardCounts, ShardRecord
+from pipelines.stages import Item, RunContext, bucket_id, raise_failure
+from pipelines.storage import (
+    FileInfo,
+    Location,
+    delete,
+    exists,
+    expand,
+    list_files,
+    locate,
+    open_input,
+    probe,
+)
+from pipelines.texts import TextTable, default_cache, find_table
+
+State = Literal["done", "already done", "stopped"]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a call of `rerank` ended. `counts` is what is committed, None where nothing was looked at."""
+
+    state: State
+    output: Location
+    message: str
+    counts: ShardCounts | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A job with everything resolved that its fingerprint rests on."""
+
+    config: RerankConfig
+    output: Location
+    model: Model
+    files: tuple[FileInfo, ...]
+    queries: TextTable | None
+    corpus: TextTable | None
+    parts: Mapping[str, str]
+
+
+def resolve(config: RerankConfig, model: Model | None = None) -> Job:
+    """Looks everything up that the job names: files, tables, model. Raises before any work is done."""
+    output = locate(config.output, config.storage_options)
+    _check_apart(config, output)
+    files = list_candidates(config)
+    queries = corpus = None
+    if config.queries and config.corpus:
+        queries = find_table("query", config.queries, "query_id", config.columns, config.storage_options)
+        corpus = find_table("document", config.corpus, "doc_id", config.columns, config.storage_options)
+    fitted_on = []
+    if config.interpolate and config.interpolate.fit:
+        fitted_on = expand(locate(config.interpolate.fit, config.storage_options), ".parquet")
+    if config.qrels:
+        expand(locate(config.qrels, config.storage_options), ".parquet")  # found missing now, not after the night
+    model = model or from_config(config).pinned()
+    model.score_range()
+    tables = [*(queries.files if queries else ()), *(corpus.files if corpus else ())]
+    parts = plans.describe_parts([*files, *tables, *fitted_on], model.digests(), config.result_options())
+    return Job(config, output, model, tuple(files), queries, corpus, parts)
+
+
+def _check_apart(config: RerankConfig, output: Location) -> None:
+    inputs = [*config.candidate_uris, *(uri for uri in (config.queries, config.corpus, config.qrels) if uri)]
+    for uri in inputs:
+        place = locate(uri, config.storage_options).uri.rstrip("/") + "/"
+        own = output.uri.rstrip("/") + "/"
+        if own.startswith(place) or place.startswith(own):
+            raise ConfigError(f"output {output} and input {place[:-1]} lie inside each other; choose another output")
+
+
+def rerank(
+    config: RerankConfig,
+    *,
+    connect: Callable[[], int],
+    stream: TextIO,
+    should_stop: Callable[[], bool] = lambda: False,
+    model: Model | None = None,
+    new_run: bool = False,
+) -> Outcome:
+    """Runs the job to its end, or goes on with an earlier attempt.
+
+    `connect()` makes Ray ready and returns the cores of this machine; it is called when there is work to do.
+    `should_stop()` is asked now and then; once it says yes, shards in work are finished and the rest is left for
+    the next call. Raises CrossEncError with what is wrong and what to do; nothing that was committed is lost.
+    """
+    job = resolve(config, model)
+    stored = None if new_run else plans.load(job.output)
+    if stored is not None:
+        plans.check_unchanged(stored.parts, job.parts, job.output)
+        if exists(job.output / finish.SUCCESS_FILE):
+            return finish.confirm(job.output)
+    inputs = scan(config, job.files) if stored is None else None
+    create_only = probe(job.output)
+    run = _Run(job, connect, stream, should_stop)
+    if create_only != "atomic":
+        run.say(f"this store's create-only PUT is {create_only}: do not start two runs on one output")
+    with lease.hold(job.output, run.snapshot, run.lose, run.say) as epoch:
+        if new_run:
+            _remove_run(job.output)
+        if inputs is not None:
+            _check_empty(job.output)
+            force = bool(config.interpolate and config.interpolate.fit)
+            made = plans.make(inputs, job.parts, shard_candidates=config.shard_candidates, force_two_phase=force)
+            stored = plans.save(made, job.output)
+            plans.check_unchanged(stored.parts, job.parts, job.output)
+        assert stored is not None, "a plan was loaded or made"
+        return run.execute(stored, epoch)
+
+
+def _check_empty(output: Location) -> None:
+    for folder in (RESULTS_FOLDER, "quarantine", "completeness"):
+        found = list_files(output / folder)
+        if found:
+            raise RunConflictError(f"{output / folder} holds files but no run of ours; choose another output folder")
+
+
+def _remove_run(output: Location) -> None:
+    """Deletes everything that runs write below `output`, but for the lease."""
+    folders = (RESULTS_FOLDER, "quarantine", "completeness", "trec", RUN_FOLDER)
+    keep = (output / lease.LEASE_FOLDER).uri
+    files = [file.location for folder in folders for file in list_files(output / folder)]
+    marks = [output / name for name in (finish.SUCCESS_FILE, finish.MANIFEST_FILE, finish.REPORT_FILE)]
+    delete([*marks, *(location for location in files if not location.uri.startswith(keep))])
+
+
+class _Stopped(Exception):
+    """Leaves the loop over shards when the run is to end early."""
+
+
+class _Run:
+    """One process's attempt at a run: what it has seen so far, and how it talks to people and to the cluster."""
+
+    def __init__(self, job: Job, connect: Callable[[], int], stream: TextIO, should_stop: Callable[[], bool]) -> None:
+        self._job, self._connect, self._stream, self._should_stop = job, connect, stream, should_stop
+        self._progress: Progress | None = None
+        self._lost = ""
+        self._started = time.monotonic()
+        self._stop_reading = threading.Event()
+
+    def say(self, text: str) -> None:
+        if self._progress is not None:
+            self._progress.message(text)
+        elif self._stream.isatty():
+            self._stream.write(text + "\n")
+        else:
+            self._stream.write(json.dumps({"event": "message", "text": text}) + "\n")
+        self._stream.flush()
+
+    def lose(self, message: str) -> None:
+        self._lost = message
+
+    def snapshot(self) -> Mapping[str, Any]:
+        return self._progress.snapshot() if self._progress is not None else {}
+
+    def execute(self, plan: Plan, epoch: int) -> Outcome:
+        """Scores what is not committed yet, ranks buckets where there are any, and finishes the run."""
+        config, output = self._job.config, self._job.output
+        journal = ledger.Journal(output, epoch)
+        try:
+            shard_records = self._phase(
+                SCORED_FOLDER if plan.is_two_phase else RESULTS_FOLDER,
+                {shard.shard_id: shard for shard in plan.shards},
+                plan,
+                journal,
+                weight=config.interpolate.weight if config.interpolate else None,
+            )
+            records, interpolation = shard_records, weights.describe(config)
+            if plan.is_two_phase:
+                weight, interpolation = weights.decide(config, plan, output)
+                buckets = {bucket_id(bucket): bucket for bucket in range(plan.num_buckets)}
+                records = self._phase(RESULTS_FOLDER, buckets, plan, journal, weight=weight)
+        except _Stopped:
+            message = self._lost or f"stopped; run the same command again to resume {output}"
+            return Outcome("stopped", output, message)
+        finally:
+            self._stop_reading.set()
+            with contextlib.suppress(OSError):  # the journal is a convenience, and another error may be on its way
+                journal.flush()
+        finished = finish.FinishedRun(
+            config=config,
+            plan=plan,
+            output=output,
+            model_name=self._job.model.name,
+            score_range=self._job.model.score_range(),
+            records=records,
+            shard_records=shard_records,
+            interpolation=interpolation,
+            elapsed_seconds=time.monotonic() - self._started,
+        )
+        counts = finish.finish(finished, self.say)
+        return Outcome("done", output, f"done; see {output / finish.REPORT_FILE}", counts)
+
+    def _phase(
+        self,
+        folder: str,
+        items: Mapping[str, Item],
+        plan: Plan,
+        journal: ledger.Journal,
+        weight: float | None,
+    ) -> dict[str, ShardRecord]:
+        """Commits every item that is not committed yet; returns the records of all of them."""
+        output = self._job.output
+        done = ledger.read(output, folder, items, plan.fingerprint)
+        if done.damaged:
+            self.say(f"{len(done.damaged)} damaged parts are made again, the first is {done.damaged[0]}")
+            delete(done.damaged)
+        records = ledger.recorded(output, folder, done)
+        todo = [item for item_id, item in items.items() if item_id not in records]
+        counts_done = finish.add_counts([record.counts for record in records.values()])
+        total = plan.num_candidates
+        with Progress(
+            len(items), total, self._stream, num_shards_done=len(records), counts_done=counts_done
+        ) as progress:
+            self._progress = progress
+            try:
+                if todo:
+                    for record in self._committed(todo, self._context(plan, weight)):
+                        records[record.shard_id] = record
+                        progress.update(record)
+                        journal.add(record)
+            finally:
+                self._progress = None
+        missing = [item_id for item_id in items if item_id not in records]
+        if missing:
+            raise CrossEncError(f"{len(missing)} shards have no result ({missing[0]} …); run the same command again")
+        return records
+
+    def _committed(
+        self, todo: Sequence[Item], context: Callable[[int], tuple[RunContext, float]]
+    ) -> Iterator[ShardRecord]:
+        """Runs the items in waves and yields a record for each; raises _Stopped when the run is to end early."""
+        config = self._job.config
+        run_context, cpus_per_actor = context(self._connect())
+        execute.check_resources(config, cpus_per_actor)
+        cluster = execute.Cluster.prepare(run_context)
+        begun: set[str] | None = None  # set once stopping: the shards that are still to come back
+        seen: set[str] = set()
+        deadline = 0.0
+        for start in range(0, len(todo), config.wave_shards):
+            wave = todo[start : start + config.wave_shards]
+            for result in execute.run(wave, cluster, config, cpus_per_actor, self._stop_reading):
+                if result is not None:
+                    seen.add(result.shard_id)
+                    if result.kind == "failure":
+                        raise_failure(result.message)
+                    if result.record is not None:
+                        yield result.record
+                if begun is None and (self._lost or self._should_stop()):
+                    begun = cluster.stop()
+                    deadline = time.monotonic() + (0 if self._lost else config.drain_seconds)
+                    self.say(self._lost or f"stopping: {len(begun - seen)} shards in work are finished first")
+                if begun is not None and (begun <= seen or time.monotonic() > deadline):
+                    raise _Stopped
+
+    def _context(self, plan: Plan, weight: float | None) -> Callable[[int], tuple[RunContext, float]]:
+        job = self._job
+
+        def build(cores: int) -> tuple[RunContext, float]:
+            cpus_per_actor, threads = execute.actor_cpus(job.config, cores)
+            return RunContext(
+                model=job.model,
+                read=_read_settings(job, plan),
+                commit=_commit_settings(job, plan, weight),
+                inputs=plan.inputs,
+                threads=threads,
+            ), cpus_per_actor
+
+        return build
+
+
+def _read_settings(job: Job, plan: Plan) -> ReadSettings:
+    first = next(file for file in job.files if file.location.uri == plan.inputs[0].uri)
+    with open_input(first) as source:
+        fields = pass_through_fields(pq.read_schema(source), plan.columns)
+    return ReadSettings(
+        columns=plan.columns,
+        pass_through=fields,
+        storage_options=dict(job.config.storage_options),
+        max_text_bytes=job.config.max_text_bytes,
+        needs_score=job.config.interpolate is not None,
+        queries=job.queries,
+        corpus=job.corpus,
+        cache=default_cache(),
+    )
+
+
+def _commit_settings(job: Job, plan: Plan, weight: float | None) -> CommitSettings:
+    return CommitSettings(
+        output=job.output,
+        fingerprint=plan.fingerprint,
+        rank=RankSettings(
+            top_k=job.config.top_k,
+            weight=weight,
+            query_id_type=plan.query_id_type,
+            doc_id_type=plan.doc_id_type,
+            files=tuple(file.uri for file in plan.inputs),
+            trec_run=job.config.trec_run,
+        ),
+        num_buckets=plan.num_buckets,
+        score_range=job.model.score_range(),
+    )

@@ -1,0 +1,311 @@
+"""The stages of a run as Ray Data runs them: one row per shard in, one row per shard out, always.
+
+A stage never raises for what a shard contains: problems travel on as rows, so that Ray has nothing to retry but
+lost processes. The work itself is in prepare, isolation and commit, which know nothing of Ray.
+"""
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+from pydantic import TypeAdapter
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
+
+from crossenc.batching import padded_tokens
+from crossenc.errors import CrossEncError, InputError, StorageError
+from crossenc.records import TokenizedPairs
+from pipelines.commit import CommitSettings, commit_bucket, commit_shard
+from pipelines.isolation import Outcome, score_halving, score_isolated
+from pipelines.merge import read_bucket
+from pipelines.model import Model, Scorer
+from pipelines.plan import InputFile, Shard
+from pipelines.prepare import ReadSettings, Tokenizer, prepare
+from pipelines.records import ShardRecord, StageSeconds
+from pipelines.schemas import from_ipc, to_ipc
+from pipelines.storage import redact
+
+RECORD = TypeAdapter(ShardRecord)
+#: Starts of a shard that did not end before its scoring is moved to a child process, and before it is given up.
+CAREFUL_AFTER_STARTS = 2
+REFUSE_AFTER_STARTS = 5
+
+#: What one read task makes: a shard of the input, or (a number) a bucket of queries.
+Item = Shard | int
+Kind = Literal["rows", "failure", "skipped"]
+_ROW_SCHEMA = pa.schema(
+    [
+        ("shard_id", pa.string()),
+        ("kind", pa.string()),
+        ("message", pa.string()),
+        ("payload", pa.large_binary()),
+        ("num_padded_tokens", pa.int64()),
+        ("read_seconds", pa.float64()),
+        ("tokenise_seconds", pa.float64()),
+        ("score_seconds", pa.float64()),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RunContext:
+    """What every stage of a run shares; put into the object store once."""
+
+    model: Model
+    read: ReadSettings
+    commit: CommitSettings
+    inputs: tuple[InputFile, ...]
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What came of a shard: a record, or why there is none."""
+
+    shard_id: str
+    kind: Kind
+    record: ShardRecord | None
+    message: str
+
+
+@lru_cache(maxsize=2)
+def _context(ref_hex: str, holder: "ContextRef") -> RunContext:
+    context: RunContext = ray.get(holder.ref)
+    return context
+
+
+@dataclass(frozen=True)
+class ContextRef:
+    """A reference to a RunContext that can be hashed, so that each process fetches the context once."""
+
+    ref: Any
+
+    def get(self) -> RunContext:
+        return _context(self.ref.hex(), self)
+
+
+@lru_cache(maxsize=2)
+def _tokenizer(model_key: str, holder: ContextRef) -> Tokenizer:
+    return holder.get().model.load_tokenizer()
+
+
+class Tasks(Datasource):  # type: ignore[misc]
+    """A Ray datasource with exactly one read task, one block and one row for each item."""
+
+    def __init__(self, items: Sequence[Item], context: ContextRef) -> None:
+        self._items = items
+        self._context = context
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        metadata = BlockMetadata(num_rows=1, size_bytes=None, exec_stats=None, input_files=None)
+        return [ReadTask(_Read(item, self._context), metadata, schema=_ROW_SCHEMA) for item in self._items]
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """The body of one read task: prepares a shard, or collects a bucket (an item that is a number)."""
+
+    item: Item
+    context: ContextRef
+
+    def __call__(self) -> Iterable[pa.Table]:
+        context = self.context.get()
+        shard_id = bucket_id(self.item) if isinstance(self.item, int) else self.item.shard_id
+        started = time.perf_counter()
+        try:
+            if isinstance(self.item, int):
+                rows = read_bucket(context.commit.output, context.commit.fingerprint, self.item)
+                read, tokenise = time.perf_counter() - started, 0.0
+            else:
+                tokenizer = _tokenizer(self.context.ref.hex(), self.context)
+                prepared = prepare(self.item, context.inputs[self.item.file], context.read, tokenizer)
+                rows, read, tokenise = prepared.rows, prepared.read_seconds, prepared.tokenise_seconds
+        except (CrossEncError, OSError) as error:
+            return [_failure(shard_id, error)]
+        return [_row(shard_id, "rows", payload=to_ipc(rows), read_seconds=read, tokenise_seconds=tokenise)]
+
+
+def bucket_id(bucket: int) -> str:
+    """The part id of a bucket of queries."""
+    return f"b{bucket:05d}"
+
+
+def _row(shard_id: str, kind: Kind, **values: Any) -> pa.Table:
+    defaults: dict[str, Any] = {"message": "", "payload": b"", "num_padded_tokens": 0}
+    defaults |= {"read_seconds": 0.0, "tokenise_seconds": 0.0, "score_seconds": 0.0}
+    row = defaults | {"shard_id": shard_id, "kind": kind} | values
+    return pa.table([pa.array([row[field.name]], field.type) for field in _ROW_SCHEMA], schema=_ROW_SCHEMA)
+
+
+def _failure(shard_id: str, error: BaseException) -> pa.Table:
+    kind = "input" if isinstance(error, InputError) else "storage" if isinstance(error, OSError) else "other"
+    text = str(error) if isinstance(error, CrossEncError) else f"{type(error).__name__}: {error}"
+    return _row(shard_id, "failure", message=f"{kind}\n{redact(text)}")
+
+
+class ScoreShards:
+    """The scoring actor: holds one model, scores one shard per call."""
+
+    def __init__(self, context: ContextRef, control: Any) -> None:
+        self._context = context.get()
+        self._control = control
+        self._failure: BaseException | None = None
+        self._scorer: Scorer | None = None
+        try:
+            self._scorer = self._context.model.load_scorer(self._context.threads)
+        except Exception as error:  # reported with the first shard, as a message instead of a dead actor
+            self._failure = error
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        shard_id, kind = batch["shard_id"][0].as_py(), batch["kind"][0].as_py()
+        if kind != "rows":
+            return batch
+        if self._scorer is None:
+            assert self._failure is not None
+            return _failure(shard_id, self._failure)
+        verdict = ray.get(self._control.begin.remote(shard_id))
+        if verdict == "stop":
+            return _row(shard_id, "skipped")
+        started = time.perf_counter()
+        rows = from_ipc(batch["payload"][0].as_buffer())
+        try:
+            outcome, num_padded_tokens = self._score(rows, verdict)
+        except CrossEncError as error:
+            return _failure(shard_id, error)
+        finally:
+            self._control.end.remote(shard_id)
+        times = {name: batch[name][0].as_py() for name in ("read_seconds", "tokenise_seconds")}
+        payload = to_ipc(_with_scores(rows, outcome))
+        return _row(
+            shard_id,
+            "rows",
+            payload=payload,
+            num_padded_tokens=num_padded_tokens,
+            score_seconds=time.perf_counter() - started,
+            **times,
+        )
+
+    def _score(self, rows: pa.Table, verdict: str) -> tuple[Outcome, int]:
+        assert self._scorer is not None
+        pairs = good_pairs(rows)
+        num_padded_tokens = padded_tokens(pairs.lengths, self._scorer.max_batch_tokens) if len(pairs) else 0
+        if verdict == "refuse":
+            crash = ("scoring_crash", "the shard ended its scoring process again and again")
+            scores = np.full(len(pairs), np.nan, dtype=np.float32)
+            return Outcome(scores, dict.fromkeys(range(len(pairs)), crash)), num_padded_tokens
+        if verdict == "careful":
+            return score_isolated(self._context.model, self._context.threads, self._scorer, pairs), num_padded_tokens
+        return score_halving(self._scorer, pairs), num_padded_tokens
+
+
+def good_pairs(rows: pa.Table) -> TokenizedPairs:
+    """The tokenised pairs of the rows that have no reason against them, in row order."""
+    good = rows.filter(pc.is_null(rows.column("reason"))).combine_chunks()
+    ids = good.column("input_ids").combine_chunks()
+    types = good.column("token_type_ids").combine_chunks()
+    lengths = pc.list_value_length(ids).to_numpy(zero_copy_only=False).astype(np.int64)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    has_types = len(types) > 0 and types.null_count == 0
+    return TokenizedPairs(
+        input_ids=pc.list_flatten(ids).to_numpy().astype(np.int32, copy=False),
+        offsets=offsets,
+        token_type_ids=pc.list_flatten(types).to_numpy().astype(np.uint8, copy=False) if has_types else None,
+        truncated=good.column("truncated").to_numpy(),
+    )
+
+
+def _with_scores(rows: pa.Table, outcome: Outcome) -> pa.Table:
+    """`rows` with model scores, and with reasons for the pairs that have none."""
+    good = np.flatnonzero(pc.is_null(rows.column("reason")).to_numpy())
+    finite = np.isfinite(outcome.scores)
+    scores = np.full(rows.num_rows, np.nan, dtype=np.float32)
+    scores[good[finite]] = outcome.scores[finite]
+    reasons, details = rows.column("reason"), rows.column("detail")
+    if not finite.all():
+        reason_list, detail_list = reasons.to_pylist(), details.to_pylist()
+        for i in np.flatnonzero(~finite).tolist():
+            reason, detail = outcome.failures.get(i, ("score_not_finite", str(outcome.scores[i])))
+            reason_list[good[i]], detail_list[good[i]] = reason, detail or None
+        reasons, details = pa.array(reason_list, pa.string()), pa.array(detail_list, pa.string())
+    values = {"reason": reasons, "detail": details, "model_score": pa.array(scores, mask=np.isnan(scores))}
+    for name, column in values.items():
+        rows = rows.set_column(rows.column_names.index(name), rows.schema.field(name), column)
+    return rows
+
+
+@dataclass(frozen=True)
+class Commit:
+    """The committing stage, as a function of a batch."""
+
+    context: ContextRef
+    is_bucket: bool = False
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        row = batch.drop_columns(["payload"]).to_pylist()[0]
+        if row["kind"] == "rows":
+            try:
+                row |= {"message": RECORD.dump_json(self._commit(row, batch)).decode()}
+            except (CrossEncError, OSError) as error:
+                row = _failure(row["shard_id"], error).drop_columns(["payload"]).to_pylist()[0]
+        return pa.table({name: [row[name]] for name in ("shard_id", "kind", "message")})
+
+    def _commit(self, row: dict[str, Any], batch: pa.Table) -> ShardRecord:
+        settings = self.context.get().commit
+        rows = from_ipc(batch["payload"][0].as_buffer())
+        seconds = StageSeconds(read=row["read_seconds"], tokenise=row["tokenise_seconds"], score=row["score_seconds"])
+        if self.is_bucket:
+            return commit_bucket(row["shard_id"], rows, seconds, settings)
+        return commit_shard(row["shard_id"], rows, row["num_padded_tokens"], seconds, settings)
+
+
+def parse_result(row: dict[str, str]) -> Result:
+    """What the last stage says of one shard."""
+    kind: Any = row["kind"]
+    record = RECORD.validate_json(row["message"]) if kind == "rows" else None
+    return Result(row["shard_id"], kind, record, row["message"] if kind == "failure" else "")
+
+
+def raise_failure(message: str) -> None:
+    """Raises the error that a failed stage reported."""
+    kind, _, text = message.partition("\n")
+    raise {"input": InputError, "storage": StorageError}.get(kind, CrossEncError)(text)
+
+
+class RunControl:
+    """An actor that counts each shard's starts outside the processes that may die of it, and passes on stops."""
+
+    def __init__(self) -> None:
+        self._open_starts: dict[str, int] = {}
+        self._begun: set[str] = set()
+        self._stopping = False
+
+    def begin(self, shard_id: str) -> Literal["score", "careful", "refuse", "stop"]:
+        """Called before a shard is scored; tells how to do it."""
+        if self._stopping:
+            return "stop"
+        starts = self._open_starts.get(shard_id, 0)
+        self._open_starts[shard_id] = starts + 1
+        self._begun.add(shard_id)
+        if starts >= REFUSE_AFTER_STARTS:
+            return "refuse"
+        return "careful" if starts >= CAREFUL_AFTER_STARTS else "score"
+
+    def end(self, shard_id: str) -> None:
+        """Called when a shard was scored."""
+        self._open_starts.pop(shard_id, None)
+
+    def stop(self) -> set[str]:
+        """No shard is begun from now on; returns those that were."""
+        self._stopping = True
+        return self._begun

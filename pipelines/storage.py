@@ -1,0 +1,514 @@
+"""The one seam to files: local disks and object stores through fsspec, with the guarantees that a run needs.
+
+What it adds to fsspec: places are checked before use, reads are verified to their full length, transient failures
+are retried up to a deadline, `put_new` creates an object at most once and returns what is really stored, and
+messages never show credentials. It knows nothing of Parquet, shards or runs.
+"""
+
+import errno
+import io
+import os
+import random
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from glob import has_magic
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+from urllib.parse import urlsplit
+
+import fsspec
+import pyarrow as pa
+from fsspec.spec import AbstractFileSystem
+
+from crossenc.errors import InputError, StorageError
+
+T = TypeVar("T")
+
+#: How long one storage operation is retried before the run gives up (and can be resumed).
+RETRY_SECONDS = 90.0
+#: One PUT even for large objects: completing a multipart upload is not create-only on every store.
+_SINGLE_PUT_BYTES = 2_500 * 2**20
+_ALIASES = {"s3a": "s3", "gcs": "gs", "az": "abfs", "abfss": "abfs", "local": "file"}
+SCHEMES = ("file", "s3", "gs", "abfs", "memory")
+_PERMANENT_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
+_CLIENT_MODULES = (
+    "aiohttp",
+    "botocore",
+    "aiobotocore",
+    "s3fs",
+    "urllib3",
+    "gcsfs",
+    "adlfs",
+    "azure",
+    "google",
+)
+_PERMANENT_CLIENT_ERRORS = (
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "ParamValidationError",
+    "ProfileNotFound",
+    "InvalidRegionError",
+    "NoRegionError",
+)
+_SECRET_NAMES = re.compile(r"secret|token|password|key$|credential|sas", re.IGNORECASE)
+_SECRET_PATTERNS = (
+    (re.compile(r"(?<=://)[^/@\s]+@"), "***@"),
+    (re.compile(r"\b(AKIA|ASIA)[0-9A-Z]{16}\b"), "***"),
+    (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), "***"),
+    (re.compile(r"(?i)(x-amz-[a-z-]+|token|signature|sig)=[^&\s'\"]+"), r"\1=***"),
+    (re.compile(r"(?i)(authorization['\"]?\s*[:=]\s*)[^\r\n]+"), r"\1***"),
+)
+_SECRET_ENV = (
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "HF_TOKEN",
+    "AZURE_STORAGE_KEY",
+    "RAY_AUTH_TOKEN",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """A file or folder in a store. `uri` is complete, normalised and free of credentials."""
+
+    uri: str
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def scheme(self) -> str:
+        return self.uri.partition("://")[0]
+
+    @property
+    def path(self) -> str:
+        """The path inside the file system, as fsspec names it."""
+        return self.uri.partition("://")[2]
+
+    @property
+    def name(self) -> str:
+        return self.uri.rstrip("/").rpartition("/")[2]
+
+    def __truediv__(self, relative: str) -> "Location":
+        return Location(f"{self.uri.rstrip('/')}/{relative}", self.options)
+
+    def __str__(self) -> str:
+        return self.uri
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """A stored file. `version` changes whenever the content does: an etag, or a modification time."""
+
+    location: Location
+    num_bytes: int
+    version: str
+
+
+def locate(uri: str, options: Mapping[str, Any] | None = None) -> Location:
+    """The location that `uri` names: a local path, or scheme://bucket/key with one of SCHEMES.
+
+    Raises InputError for anything that could read or write another place than the one it seems to name.
+    """
+    shown = redact(uri)
+    if not uri.strip() or re.search(r"[\x00-\x1f\x7f]", uri) or uri != uri.strip():
+        raise InputError(f"{shown!r} is not a path or URI: it is empty or has spaces or control characters")
+    if "::" in uri:
+        raise InputError(f"{shown!r} is a chained URL; give the plain path or URI of the file itself")
+    if "://" not in uri:
+        if re.match(r"^[A-Za-z][A-Za-z0-9+.-]+:/", uri):
+            raise InputError(f"{shown!r} looks like a URI with a slash missing; write scheme://bucket/key")
+        return Location("file://" + os.path.abspath(os.path.expanduser(uri)))
+    scheme, _, rest = uri.partition("://")
+    scheme = _ALIASES.get(scheme, scheme)
+    if scheme not in SCHEMES:
+        known = ", ".join(f"{name}://" for name in SCHEMES)
+        raise InputError(f"{shown!r} has a scheme that is not allowed here; use a local path or one of {known}")
+    if "@" in rest.partition("/")[0]:
+        raise InputError(
+            f"{shown!r} holds credentials; take them out and give them by the environment or storage_options"
+        )
+    parts = rest.split("/")
+    if ".." in parts or "%2e%2e" in rest.lower():
+        raise InputError(f"{shown!r} has a '..' segment; write the path without it")
+    if scheme == "file":
+        if parts[0]:
+            raise InputError(f"{shown!r} names a host; a local file is file:///path")
+        return Location("file://" + os.path.abspath(rest))
+    if not parts[0]:
+        raise InputError(f"{shown!r} has no bucket; write {scheme}://bucket/key")
+    _check_endpoint(options or {})
+    return Location(f"{scheme}://{rest.rstrip('/')}", dict(options or {}))
+
+
+def _check_endpoint(options: Mapping[str, Any]) -> None:
+    client = options.get("client_kwargs") or {}
+    url = options.get("endpoint_url") or client.get("endpoint_url") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    host = urlsplit(str(url)).hostname or ""
+    if host.startswith("169.254.") or host.startswith("fd00:ec2"):
+        raise InputError(f"the storage endpoint {host} is a link-local address; give the address of a real store")
+
+
+def redact(text: str, options: Mapping[str, Any] | None = None) -> str:
+    """`text` without anything that looks like a credential, and without the values of secret options."""
+    secrets = [os.environ.get(name, "") for name in _SECRET_ENV]
+    secrets += [str(value) for name, value in (options or {}).items() if _SECRET_NAMES.search(name)]
+    for secret in secrets:
+        if len(secret) >= 6:
+            text = text.replace(secret, "***")
+    for pattern, replacement in _SECRET_PATTERNS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def redact_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Storage options as they may be printed: the values of secret names become ***."""
+    return {
+        name: "***" if _SECRET_NAMES.search(name) else (redact_options(value) if isinstance(value, Mapping) else value)
+        for name, value in options.items()
+    }
+
+
+def _filesystem(location: Location, fresh: bool = False) -> AbstractFileSystem:
+    options: dict[str, Any] = {"skip_instance_cache": True} if fresh else {}
+    if location.scheme == "s3":
+        options |= {"use_listings_cache": False, "config_kwargs": {"retries": {"max_attempts": 2}}}
+    return fsspec.filesystem(location.scheme, **{**options, **location.options})
+
+
+def _is_transient(error: Exception) -> bool:
+    if isinstance(error, FileNotFoundError | PermissionError | FileExistsError):
+        return False
+    if isinstance(error, IsADirectoryError | NotADirectoryError | NotImplementedError):
+        return False
+    if isinstance(error, OSError):
+        return error.errno not in _PERMANENT_ERRNOS and _http_status(error) != 501
+    if isinstance(error, TimeoutError):
+        return True
+    module = type(error).__module__.partition(".")[0]
+    return module in _CLIENT_MODULES and type(error).__name__ not in _PERMANENT_CLIENT_ERRORS
+
+
+def _http_status(error: BaseException) -> int | None:
+    for candidate in (error, error.__cause__):
+        response = getattr(candidate, "response", None)
+        if isinstance(response, Mapping):
+            status: int | None = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            return status
+    return None
+
+
+def _retrying(operation: Callable[[AbstractFileSystem], T], location: Location, doing: str) -> T:
+    """Runs `operation`, again after transient failures (with a fresh client) until RETRY_SECONDS have passed."""
+    deadline = time.monotonic() + RETRY_SECONDS
+    pause = 0.1
+    for attempt in range(1, 10_000):
+        try:
+            return operation(_filesystem(location, fresh=attempt > 1))
+        except Exception as error:
+            if isinstance(error, FileNotFoundError | FileExistsError):
+                raise
+            if not _is_transient(error):
+                if isinstance(error, OSError) or type(error).__module__.startswith(_CLIENT_MODULES):
+                    raise _storage_error(error, location, doing) from None
+                raise
+            if time.monotonic() + pause > deadline:
+                raise _storage_error(error, location, f"{doing} ({attempt} attempts)") from None
+        time.sleep(random.uniform(pause / 2, pause))
+        pause = min(pause * 2, 5.0)
+    raise AssertionError("unreachable: the deadline ends the loop")
+
+
+def _storage_error(error: Exception, location: Location, doing: str) -> StorageError:
+    message = redact(f"{type(error).__name__}: {error}", location.options)
+    code = error.errno if isinstance(error, OSError) else None
+    if code in (errno.ENOSPC, errno.EDQUOT):
+        hint = "no space is left there: free some and run the same command again, it continues"
+    elif isinstance(error, PermissionError):
+        hint = "check the credentials and the rights on this place, then run the same command again"
+    else:
+        hint = "run the same command again when the store answers, it continues"
+    return StorageError(code, f"could not {doing} {location}: {message}; {hint}")
+
+
+def read_bytes(location: Location) -> bytes:
+    """The whole content, verified against the size that the store states. FileNotFoundError if there is none."""
+
+    def read(fs: AbstractFileSystem) -> bytes:
+        data: bytes = fs.cat_file(location.path)
+        stated = fs.info(location.path)["size"]
+        if len(data) != stated:
+            raise ConnectionError(f"got {len(data)} of {stated} bytes")
+        return data
+
+    return _retrying(read, location, "read")
+
+
+def exists(location: Location) -> bool:
+    """Whether there is a file."""
+    return info(location) is not None
+
+
+def info(location: Location) -> FileInfo | None:
+    """Size and version of a file, or None where there is no such file."""
+    try:
+        return _retrying(lambda fs: _file_info(location, fs.info(location.path)), location, "look up")
+    except FileNotFoundError:
+        return None
+
+
+def _file_info(location: Location, detail: Mapping[str, Any]) -> FileInfo | None:
+    if detail["type"] != "file":
+        return None
+    version = next((detail[k] for k in ("ETag", "etag", "md5Hash", "generation") if detail.get(k)), None)
+    if version is None:
+        version = detail.get("mtime") or detail.get("created") or detail.get("last_modified") or ""
+    return FileInfo(location, int(detail["size"]), str(version).strip('"'))
+
+
+def list_files(folder: Location) -> list[FileInfo]:
+    """Every file below `folder`, sorted by name; empty where the folder does not exist."""
+
+    def find(fs: AbstractFileSystem) -> list[FileInfo]:
+        found = fs.find(folder.path, detail=True)
+        infos = []
+        for path, detail in sorted(found.items()):
+            relative = path.lstrip("/").removeprefix(folder.path.strip("/")).strip("/")
+            if relative:
+                infos.append(_file_info(folder / relative, detail))
+        return [entry for entry in infos if entry is not None]
+
+    try:
+        return _retrying(find, folder, "list")
+    except FileNotFoundError:
+        return []
+
+
+def expand(location: Location, suffix: str) -> list[FileInfo]:
+    """The data files that `location` names: itself, the files of a folder, or the matches of a glob.
+
+    In folders only names ending in `suffix` count, and names starting with "_" or "." are metadata of other
+    tools. Raises InputError when nothing is there.
+    """
+    if has_magic(location.path):
+        matches = _retrying(lambda fs: fs.glob(location.path), location, "list")
+        prefix = "/" if location.scheme == "file" else ""
+        places = [
+            Location(f"{location.scheme}://{prefix}{str(path).lstrip('/')}", location.options)
+            for path in sorted(matches)
+        ]
+        found = [entry for place in places for entry in _expand_one(place, suffix)]
+    else:
+        found = _expand_one(location, suffix)
+    if not found:
+        raise InputError(f"there is no {suffix} file at {location}: check the path, or the prefix and the bucket")
+    return found
+
+
+def _expand_one(location: Location, suffix: str) -> list[FileInfo]:
+    single = info(location)
+    if single is not None and not location.uri.endswith("/"):
+        return [single]
+    root = len(location.path.rstrip("/")) + 1
+    return [
+        entry
+        for entry in list_files(location)
+        if entry.location.name.endswith(suffix)
+        and not any(part[:1] in "_." for part in entry.location.path[root:].split("/"))
+    ]
+
+
+class _RangeFile(io.RawIOBase):
+    """A read-only file over ranged reads, each verified to its length and retried."""
+
+    def __init__(self, file: FileInfo) -> None:
+        self._file = file
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._file.num_bytes}[whence]
+        self._position = base + offset
+        return self._position
+
+    def read(self, size: int | None = -1) -> bytes:
+        end = self._file.num_bytes
+        if size is not None and size >= 0:
+            end = min(end, self._position + size)
+        start = self._position
+        if start >= end:
+            return b""
+
+        def fetch(fs: AbstractFileSystem) -> bytes:
+            data: bytes = fs.cat_file(self._file.location.path, start=start, end=end)
+            if len(data) != end - start:
+                raise ConnectionError(f"got {len(data)} of {end - start} bytes")
+            return data
+
+        data = _retrying(fetch, self._file.location, "read")
+        self._position = end
+        return data
+
+    def readall(self) -> bytes:
+        return self.read()
+
+
+def open_input(file: FileInfo) -> pa.NativeFile:
+    """A random-access Arrow file over `file`."""
+    if file.location.scheme == "file":
+        return pa.OSFile(file.location.path)
+    return pa.PythonFile(_RangeFile(file), mode="r")
+
+
+def put(location: Location, data: bytes) -> None:
+    """Stores `data` whole, replacing what is there; readers see the old content or the new, never a part."""
+    if location.scheme == "file":
+        _local(location, lambda path: _write_aside(path, data, os.replace))
+    else:
+        _retrying(
+            lambda fs: (
+                fs.pipe_file(location.path, data, chunksize=_SINGLE_PUT_BYTES)
+                if location.scheme == "s3"
+                else fs.pipe_file(location.path, data)
+            ),
+            location,
+            "write",
+        )
+
+
+def put_new(location: Location, data: bytes) -> bytes:
+    """Creates `location` with `data` unless it exists already, and returns what is stored there afterwards.
+
+    Whatever the store answers (an answer can be lost), the stored content decides: equal to `data` means that
+    the object is as wanted, anything else is the work of another writer.
+    """
+    if location.scheme == "file":
+        _local(location, lambda path: _write_aside(path, data, _link_new))
+        return read_bytes(location)
+    deadline = time.monotonic() + RETRY_SECONDS
+    pause = 0.1
+    while True:
+        failure = _try_create(location, data)
+        try:
+            return read_bytes(location)
+        except FileNotFoundError:
+            if failure is None or not _is_transient(failure) or time.monotonic() + pause > deadline:
+                raise _storage_error(failure or FileNotFoundError("written, then gone"), location, "write") from None
+        time.sleep(random.uniform(pause / 2, pause))
+        pause = min(pause * 2, 5.0)
+
+
+def _try_create(location: Location, data: bytes) -> Exception | None:
+    fs = _filesystem(location)
+    options = {"chunksize": _SINGLE_PUT_BYTES} if location.scheme == "s3" else {}
+    try:
+        fs.pipe_file(location.path, data, mode="create", **options)
+    except FileExistsError:
+        return None
+    except Exception as error:
+        if isinstance(error, NotImplementedError) or _http_status(error) == 501:
+            if info(location) is None:  # the store has no create-only PUT; the lease is then the only guard
+                put(location, data)
+            return None
+        if not _is_transient(error) and not isinstance(error, OSError):
+            raise
+        return error
+    return None
+
+
+def _local(location: Location, write: Callable[[Path], None]) -> None:
+    path = Path(location.path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path)
+    except OSError as error:
+        raise _storage_error(error, location, "write") from None
+
+
+def _write_aside(path: Path, data: bytes, publish: Callable[[Path, Path], None]) -> None:
+    """Writes a hidden file beside `path`, makes it durable, then publishes it under its name in one step."""
+    aside = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        with aside.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        publish(aside, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _link_new(aside: Path, path: Path) -> None:
+    try:
+        os.link(aside, path)
+    except FileExistsError:
+        return
+
+
+def delete(locations: Iterable[Location]) -> None:
+    """Deletes files; those that are gone already are no error."""
+
+    def one(location: Location) -> None:
+        try:
+            _retrying(lambda fs: fs.rm_file(location.path), location, "delete")
+        except FileNotFoundError:
+            return
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(one, locations))
+
+
+CreateOnly = Literal["atomic", "racy", "ignored", "unsupported"]
+
+
+def probe(folder: Location) -> CreateOnly:
+    """Tells what a create-only PUT does in this store, by trying; also proves that the folder can be written.
+
+    atomic: one winner among concurrent writers; racy: sometimes more than one; ignored: later writers overwrite;
+    unsupported: the store refuses such requests. Local disks are atomic by link(2). Raises StorageError where the
+    folder cannot be written.
+    """
+    place = folder / f"_probe-{uuid.uuid4().hex[:12]}"
+    put(place, b"probe")
+    try:
+        return "atomic" if folder.scheme == "file" else _probe_create(place)
+    finally:
+        delete([place, *(Location(f"{place}-{i}", place.options) for i in range(4))])
+
+
+def _probe_create(place: Location) -> CreateOnly:
+    def attempt(location: Location) -> str:
+        try:
+            _filesystem(location).pipe_file(location.path, b"second", mode="create")
+        except FileExistsError:
+            return "refused"
+        except Exception as error:
+            return "unsupported" if _http_status(error) == 501 or isinstance(error, NotImplementedError) else "refused"
+        return "written"
+
+    first = attempt(place)
+    if first == "unsupported":
+        return "unsupported"
+    if first == "written":
+        return "ignored"
+    with ThreadPoolExecutor(8) as pool:
+        for i in range(4):
+            contested = Location(f"{place}-{i}", place.options)
+            if list(pool.map(attempt, [contested] * 8)).count("written") > 1:
+                return "racy"
+    return "atomic"

@@ -1,0 +1,30 @@
+"""A model without weights, for trying pipelines out and for measuring what they cost themselves."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from crossenc.testing import FakeScorer, FakeTokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class FakeModel:
+    """Scores by hashing tokens, in [0, 1), at `seconds_per_pair`. A `model.Model`."""
+
+    seconds_per_pair: float = 0.0
+    max_length: int = 512
+
+    @property
+    def name(self) -> str:
+        return "fake"
+
+    def digests(self) -> Mapping[str, str]:
+        return {"fake": f"max_length {self.max_length}"}
+
+    def score_range(self) -> tuple[float, float]:
+        return (0.0, 1.0)
+
+    def load_tokenizer(self) -> FakeTokenizer:
+        return FakeTokenizer(max_length=self.max_length)
+
+    def load_scorer(self, threads: int) -> FakeScorer:
+        return FakeScorer(seconds_per_pair=self.seconds_per_pair)

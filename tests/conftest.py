@@ -1,0 +1,100 @@
+"""Fixtures shared by all tests: a clean environment, real S3, one local Ray, shared data."""
+
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+
+from tests.support.s3 import CephServer, S3Server, ceph_is_installed, ceph_server, moto_server, set_s3_env
+
+_REMOVED_PREFIXES = ("AWS_", "RAY_", "HF_", "HUGGING_FACE_", "CROSSENC_")
+_SET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+# Ray 2.60 warns about the defaults that its own DataContext sets on first use.
+_RAY_DEPRECATIONS = ("use_push_based_shuffle", "use_polars", "use_arrow_tensor_v2")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Clean the environment before test modules import libraries that read it only once."""
+    for setting in _RAY_DEPRECATIONS:
+        line = f"ignore:`{setting}` is deprecated:DeprecationWarning:ray.data.context"
+        config.addinivalue_line("filterwarnings", line)
+    for name in _unwanted():
+        del os.environ[name]
+    os.environ.update(_SET)
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees the developer's credentials and clusters, nor what another test left behind."""
+    for name in _unwanted():
+        monkeypatch.delenv(name)
+    for name, value in _SET.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[S3Server]:
+    """One moto server for the session; tests keep apart by bucket."""
+    with moto_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def ceph() -> Iterator[CephServer]:
+    """One Ceph radosgw for the session, about 18 s to start; for tests marked `faults`."""
+    if not ceph_is_installed():
+        pytest.skip("needs Ceph: `python -m tests.support.s3 ceph install` as root, or `make test-faults`")
+    with TemporaryDirectory(prefix="ceph-") as folder, ceph_server(Path(folder)) as server:
+        yield server
+
+
+@pytest.fixture
+def s3_env(moto: S3Server, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Point S3 clients at moto; returns the variables that were set, for subprocesses and Ray workers."""
+    set_s3_env(monkeypatch, moto.env)
+    return moto.env
+
+
+@pytest.fixture
+def s3_bucket(moto: S3Server, s3_env: dict[str, str]) -> str:
+    """The name of a new, empty bucket that the environment's credentials can use."""
+    return moto.make_bucket(f"test-{uuid.uuid4().hex[:12]}")
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """Ray on this machine, started by the first test that asks and shared by the session.
+
+    Its workers inherit the environment of that start: S3 settings reach them by `runtime_env` or arguments.
+    """
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=4,
+        num_gpus=0,
+        object_store_memory=300 << 20,
+        include_dashboard=False,
+        log_to_driver=False,
+        configure_logging=False,
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder `shared` beside the repository, with public data and models; skips where there is none."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"needs the data folder {folder}")
+    return folder
+
+
+def _unwanted() -> list[str]:
+    return [name for name in os.environ if name.startswith(_REMOVED_PREFIXES) and name not in _SET]

@@ -1,0 +1,261 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from crossenc import CrossEncoder
+from crossenc.errors import CheckpointError, ConfigError, InputError, ScoreError
+from crossenc.testing import tiny_checkpoint
+
+PAIRS = [("what is water", "the river"), ("why", "stone " * 300), ("", ""), ("what is water", "the river")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("one"))
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> CrossEncoder:
+    return CrossEncoder(folder, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def three_labels(tmp_path_factory: pytest.TempPathFactory) -> CrossEncoder:
+    return CrossEncoder(tiny_checkpoint(tmp_path_factory.mktemp("three"), num_labels=3), device="cpu")
+
+
+def test_a_model_tells_what_it_is(model: CrossEncoder, three_labels: CrossEncoder) -> None:
+    assert (model.num_labels, three_labels.num_labels) == (1, 3)
+    assert model.max_length == 128
+    assert model.device == torch.device("cpu")
+    assert model.dtype == torch.float32
+    assert model.config.model_type == "bert"
+    assert model.model.config is model.config
+    assert model.tokenizer.cls_token == "[CLS]"
+    assert isinstance(model.activation_fn, torch.nn.Sigmoid)
+    assert isinstance(three_labels.activation_fn, torch.nn.Identity)
+    assert not model.model.training
+
+
+# predict
+
+
+def test_several_pairs_give_a_float32_array_in_their_order(model: CrossEncoder) -> None:
+    scores = model.predict(PAIRS)
+    assert isinstance(scores, np.ndarray)
+    assert (scores.shape, scores.dtype) == ((4,), np.float32)
+    assert scores[0] == pytest.approx(scores[3], abs=1e-6)
+    assert len(set(scores.round(4).tolist())) == 3
+
+
+def test_a_single_pair_gives_a_scalar(model: CrossEncoder, three_labels: CrossEncoder) -> None:
+    for pair in (PAIRS[0], list(PAIRS[0]), np.array(PAIRS[0])):
+        score = model.predict(pair)
+        assert type(score) is np.float32
+        assert score == pytest.approx(model.predict(PAIRS)[0], abs=1e-6)
+    assert three_labels.predict(PAIRS[0]).shape == (3,)
+
+
+@pytest.mark.parametrize("wrap", [tuple, np.array, iter, lambda pairs: (list(pair) for pair in pairs)])
+def test_any_iterable_of_pairs_is_accepted(model: CrossEncoder, wrap: Any) -> None:
+    np.testing.assert_array_equal(model.predict(wrap(PAIRS)), model.predict(PAIRS))
+
+
+def test_one_pair_in_a_list_gives_an_array_of_one(model: CrossEncoder) -> None:
+    assert model.predict([PAIRS[0]]).shape == (1,)
+
+
+def test_nothing_gives_empty_float32_results(model: CrossEncoder, three_labels: CrossEncoder) -> None:
+    for encoder, shape in ((model, (0,)), (three_labels, (0, 3))):
+        array = encoder.predict([])
+        assert (array.shape, array.dtype) == (shape, np.float32)
+        tensor = encoder.predict([], convert_to_tensor=True)
+        assert (tuple(tensor.shape), tensor.dtype) == (shape, torch.float32)
+        assert encoder.predict([], convert_to_numpy=False) == []
+
+
+def test_results_come_as_tensors_on_request(model: CrossEncoder, three_labels: CrossEncoder) -> None:
+    expected = model.predict(PAIRS)
+    tensor = model.predict(PAIRS, convert_to_tensor=True)
+    assert (tensor.dtype, tensor.device) == (torch.float32, model.device)
+    np.testing.assert_array_equal(tensor.numpy(), expected)
+    single = model.predict(PAIRS[0], convert_to_tensor=True)
+    assert single.shape == ()
+    tensors = model.predict(PAIRS, convert_to_numpy=False)
+    assert [type(t) for t in tensors] == [torch.Tensor] * 4
+    assert [t.item() for t in tensors] == expected.tolist()
+    assert three_labels.predict(PAIRS, convert_to_tensor=True).shape == (4, 3)
+    assert three_labels.predict(PAIRS, convert_to_numpy=False)[0].shape == (3,)
+
+
+def test_softmax_normalises_over_labels_and_leaves_single_scores(
+    model: CrossEncoder, three_labels: CrossEncoder
+) -> None:
+    logits = three_labels.predict(PAIRS).astype(np.float64)
+    expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(three_labels.predict(PAIRS, apply_softmax=True), expected, atol=1e-6)
+    np.testing.assert_array_equal(model.predict(PAIRS, apply_softmax=True), model.predict(PAIRS))
+
+
+def test_an_activation_can_be_given_for_a_model_and_for_a_call(model: CrossEncoder, folder: Path) -> None:
+    logits = model.predict(PAIRS, activation_fn=torch.nn.Identity())
+    np.testing.assert_allclose(model.predict(PAIRS), 1 / (1 + np.exp(-logits.astype(np.float64))), atol=1e-6)
+    raw = CrossEncoder(folder, device="cpu", activation_fn=torch.nn.Identity())
+    np.testing.assert_array_equal(raw.predict(PAIRS), logits)
+    assert raw.predict(PAIRS, activation_fn=torch.tanh).tolist() == pytest.approx(np.tanh(logits).tolist())
+
+
+def test_a_batch_size_caps_the_pairs_of_a_batch(model: CrossEncoder) -> None:
+    sizes = []
+    hook = model.model.register_forward_pre_hook(
+        lambda _, __, inputs: sizes.append(len(inputs["input_ids"])), with_kwargs=True
+    )
+    scores = model.predict([PAIRS[0]] * 5, batch_size=2)
+    hook.remove()
+    assert sizes == [2, 2, 1]
+    np.testing.assert_allclose(scores, model.predict([PAIRS[0]] * 5), atol=1e-6)
+    with pytest.raises(ConfigError, match="0"):
+        model.predict(PAIRS, batch_size=0)
+
+
+def test_a_progress_bar_shows_only_when_asked_for(model: CrossEncoder, capfd: pytest.CaptureFixture[str]) -> None:
+    model.predict(PAIRS)
+    model.predict(PAIRS, show_progress_bar=False)
+    assert capfd.readouterr() == ("", "")
+    model.predict(PAIRS, show_progress_bar=True)
+    assert "4/4" in capfd.readouterr().out
+
+
+def test_training_mode_is_restored(model: CrossEncoder) -> None:
+    expected = model.predict(PAIRS)
+    model.model.train()
+    scores = model.predict(PAIRS)
+    was_training = model.model.training
+    model.model.eval()
+    assert was_training
+    np.testing.assert_array_equal(scores, expected)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "problem"),
+    [
+        ([("a", "b"), ("a", None)], "document 1 is a NoneType"),
+        ([("a", "b"), (3, "b")], "query 1 is a int"),
+        ([("a", "b"), None], "input 1 is not a"),
+        ([("a", "b"), ("a", "b", "c")], "input 1 is not a"),
+        ([("a", "b"), "ab"], "input 1 is not a"),
+        (["a", "b", "c"], "input 0 is not a"),
+        (("a",), "input 0 is not a"),
+        ("a text", "not a single text"),
+        ({"query": "a"}, "mapping"),
+        ([("a", "\udc80")], "document 0 has a lone surrogate"),
+    ],
+)
+def test_what_is_not_a_pair_of_texts_is_refused_with_its_index(model: CrossEncoder, inputs: Any, problem: str) -> None:
+    with pytest.raises(InputError, match=problem):
+        model.predict(inputs)
+
+
+def test_an_unknown_keyword_is_an_error(model: CrossEncoder) -> None:
+    with pytest.raises(TypeError, match="num_workers"):
+        model.predict(PAIRS, num_workers=0)  # type: ignore[call-arg]
+    with pytest.raises(TypeError):
+        model.predict(PAIRS, 64)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("activation", [torch.nn.Sigmoid, "sigmoid"])
+def test_an_activation_that_is_no_instance_is_refused(model: CrossEncoder, folder: Path, activation: Any) -> None:
+    with pytest.raises(ConfigError, match="activation_fn"):
+        model.predict(PAIRS, activation_fn=activation)
+    with pytest.raises(ConfigError, match="activation_fn"):
+        CrossEncoder(folder, activation_fn=activation)
+
+
+# rank
+
+DOCUMENTS = ["stone", "the river", "stone", "water " * 200, ""]
+
+
+def test_a_ranking_is_best_first_with_ties_in_corpus_order(model: CrossEncoder) -> None:
+    scores = model.predict([("what is water", document) for document in DOCUMENTS]).tolist()
+    ranking = model.rank("what is water", DOCUMENTS)
+    assert [set(result) for result in ranking] == [{"corpus_id", "score"}] * 5
+    expected = sorted(range(5), key=lambda i: -scores[i])
+    assert [result["corpus_id"] for result in ranking] == expected
+    assert [result["score"] for result in ranking] == pytest.approx([scores[i] for i in expected], abs=1e-6)
+    places = {result["corpus_id"]: place for place, result in enumerate(ranking)}
+    assert places[2] == places[0] + 1
+    assert {type(value) for result in ranking for value in result.values()} == {int, float}
+
+
+def test_documents_may_be_a_generator_and_come_back_on_request(model: CrossEncoder) -> None:
+    ranking = model.rank("water", (document for document in DOCUMENTS), return_documents=True)
+    assert [result["text"] for result in ranking] == [DOCUMENTS[result["corpus_id"]] for result in ranking]
+
+
+@pytest.mark.parametrize(("top_k", "num_results"), [(None, 5), (0, 0), (2, 2), (9, 5)])
+def test_top_k_keeps_the_first_results(model: CrossEncoder, top_k: int | None, num_results: int) -> None:
+    assert model.rank("water", DOCUMENTS, top_k) == model.rank("water", DOCUMENTS)[:num_results]
+
+
+def test_ranking_nothing_gives_nothing(model: CrossEncoder) -> None:
+    assert model.rank("water", []) == []
+
+
+def test_ranking_refuses_a_negative_top_k_and_several_labels(model: CrossEncoder, three_labels: CrossEncoder) -> None:
+    with pytest.raises(ValueError, match="top_k is -1"):
+        model.rank("water", DOCUMENTS, top_k=-1)
+    with pytest.raises(ValueError, match="3 labels: use predict"):
+        three_labels.rank("water", DOCUMENTS)
+
+
+def test_ranking_refuses_scores_that_are_not_finite(model: CrossEncoder) -> None:
+    with pytest.raises(ScoreError):
+        model.rank("water", DOCUMENTS, activation_fn=lambda logits: logits * torch.nan)
+
+
+def test_ranking_names_a_document_that_is_not_text(model: CrossEncoder) -> None:
+    with pytest.raises(InputError, match="document 1 is a NoneType"):
+        model.rank("water", ["a", None])  # type: ignore[list-item]
+
+
+# loading
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_a_dtype_is_given_by_name_or_value(folder: Path, model: CrossEncoder, dtype: Any) -> None:
+    narrow = CrossEncoder(folder, device="cpu", dtype=dtype)
+    assert narrow.dtype == torch.bfloat16
+    # bfloat16 keeps 8 bits of mantissa, a relative error of 4e-3 at each step of the model.
+    np.testing.assert_allclose(narrow.predict(PAIRS), model.predict(PAIRS), atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp32", torch.float64])
+def test_an_unknown_dtype_is_refused_with_the_choices(folder: Path, dtype: Any) -> None:
+    with pytest.raises(ConfigError, match="float32, bfloat16, float16"):
+        CrossEncoder(folder, dtype=dtype)
+
+
+def test_settings_that_do_not_fit_the_checkpoint_are_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="max_length is 129"):
+        CrossEncoder(folder, max_length=129)
+    with pytest.raises(ConfigError, match="max_batch_tokens is 0"):
+        CrossEncoder(folder, max_batch_tokens=0)
+    with pytest.raises(CheckpointError, match="num_labels"):
+        CrossEncoder(folder, num_labels=2)
+
+
+def test_a_shorter_max_length_cuts_longer_pairs_only(folder: Path, model: CrossEncoder) -> None:
+    short = CrossEncoder(folder, device="cpu", max_length=20)
+    assert short.max_length == 20
+    unchanged = [True, False, True, True]
+    np.testing.assert_allclose(short.predict(PAIRS)[unchanged], model.predict(PAIRS)[unchanged], atol=1e-6)
+    assert abs(short.predict(PAIRS)[1] - model.predict(PAIRS)[1]) > 1e-4
+
+
+def test_a_model_loads_from_a_uri(folder: Path, model: CrossEncoder, tmp_path: Path) -> None:
+    remote = CrossEncoder(f"file://{folder}", device="cpu", cache_folder=tmp_path)
+    np.testing.assert_array_equal(remote.predict(PAIRS), model.predict(PAIRS))

@@ -1,0 +1,1 @@
+"""Real servers and injected faults for the test suite; knows nothing of crossenc itself."""
