@@ -10,7 +10,7 @@ import io
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 from urllib.parse import quote
 
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from crossenc.errors import StorageError
+from crossenc.errors import RunConflictError, StorageError
 from pipelines.inputs import hash_ids
 from pipelines.plan import FORMAT, RUN_FOLDER
 from pipelines.rank import RankSettings, rank_rows
@@ -134,7 +134,9 @@ def _store(
     except (pa.ArrowException, OSError) as error:
         raise StorageError(f"{settings.output / path} came back damaged ({error}); run the command again") from None
     if part is None or (part.shard_id, part.fingerprint) != (part_id, settings.fingerprint):
-        raise StorageError(f"{settings.output / path} was written by another run; choose another output folder")
+        raise RunConflictError(
+            f"{settings.output / path} was written by another run; choose another output, or start over with --new-run"
+        )
     return ShardRecord(
         shard_id=part_id,
         path=path,
@@ -148,11 +150,8 @@ def _store(
 
 
 def _with_times(record: ShardRecord, seconds: StageSeconds, started: float) -> ShardRecord:
-    fields = {name: getattr(record, name) for name in ShardRecord.__dataclass_fields__}
-    times = StageSeconds(
-        read=seconds.read, tokenise=seconds.tokenise, score=seconds.score, write=time.perf_counter() - started
-    )
-    return ShardRecord(**fields | {"seconds": times, "finished_at": time.time()})
+    times = replace(seconds, write=time.perf_counter() - started)
+    return replace(record, seconds=times, finished_at=time.time())
 
 
 def trec_lines(results: pa.Table) -> bytes:

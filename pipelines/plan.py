@@ -8,7 +8,7 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from crossenc.errors import RunConflictError
 from pipelines.inputs import FileScan, Inputs
 from pipelines.layout import Columns
-from pipelines.storage import Location, put_new, read_bytes
+from pipelines.storage import FileInfo, Location, put_new, read_bytes
 
 #: Raised when the meaning of plan, results or fingerprint changes; part of every fingerprint.
 FORMAT = 1
@@ -164,14 +164,15 @@ def _id_type(schema: pa.Schema, name: str, columns: Columns | None) -> str:
 
 def save(plan: Plan, output: Location) -> Plan:
     """Stores the plan create-only and returns the stored one: another writer's, if that came first."""
-    table = pa.Table.from_pylist([asdict(shard) for shard in plan.shards])
+    table = pa.table({field.name: [getattr(shard, field.name) for shard in plan.shards] for field in fields(Shard)})
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
     digest = hashlib.sha256(buffer.getvalue()).hexdigest()
     shards_file = f"{RUN_FOLDER}/shards-{digest[:16]}.parquet"
     put_new(output / shards_file, buffer.getvalue())
     body: dict[str, Any] = {"format": FORMAT, "shards_file": shards_file, "shards_sha256": digest}
-    body |= {name: value for name, value in asdict(plan).items() if name != "shards"}
+    body |= asdict(replace(plan, shards=()))
+    del body["shards"]
     put_new(output / _PLAN_FILE, json.dumps(body, indent=1, sort_keys=True).encode())
     stored = load(output)
     assert stored is not None, "the plan was just stored"
@@ -188,6 +189,8 @@ def load(output: Location) -> Plan | None:
         body = json.loads(data)
         if body.pop("format") != FORMAT:
             raise ValueError("another format")
+        if body["fingerprint"] != fingerprint(body["parts"]):
+            raise ValueError("another fingerprint than that of its parts")
         shards_file, digest = body.pop("shards_file"), body.pop("shards_sha256")
         if shards_file != f"{RUN_FOLDER}/shards-{digest[:16]}.parquet":
             raise ValueError("a shards file of another name")
@@ -221,7 +224,7 @@ def check_unchanged(stored: Mapping[str, str], wanted: Mapping[str, str], output
         )
 
 
-def describe_parts(files: Sequence[Any], model: Mapping[str, str], options: Mapping[str, Any]) -> dict[str, str]:
+def describe_parts(files: Sequence[FileInfo], model: Mapping[str, str], options: Mapping[str, Any]) -> dict[str, str]:
     """The named parts of a fingerprint: input files, model files and the options that change results."""
     parts = {"format": str(FORMAT)}
     parts |= {f"input {file.location}": f"{file.num_bytes} bytes, version {file.version}" for file in files}

@@ -120,13 +120,13 @@ def refuse_duplicates(rows: pa.Table, groups: NDArray[np.int64], stage: NDArray[
     repeats = by[1:][(docs[by][1:] == docs[by][:-1]) & (groups[by][1:] == groups[by][:-1])]
     if not len(repeats):
         return rows
-    reasons = np.array(rows.column("reason").to_pylist(), dtype=object)
-    reasons[repeats] = "duplicate_document"
-    scores_kept = np.array(rows.column("model_score").to_pylist(), dtype=object)
-    scores_kept[repeats] = None
-    rows = rows.set_column(rows.column_names.index("reason"), "reason", pa.array(reasons.tolist(), pa.string()))
-    at = rows.column_names.index("model_score")
-    return rows.set_column(at, "model_score", pa.array(scores_kept.tolist(), pa.float32()))
+    is_repeat = np.zeros(rows.num_rows, dtype=bool)
+    is_repeat[repeats] = True
+    for name, value in (("reason", "duplicate_document"), ("model_score", None)):
+        field = rows.schema.field(name)
+        column = pc.if_else(pa.array(is_repeat), pa.scalar(value, field.type), rows.column(name))
+        rows = rows.set_column(rows.schema.get_field_index(name), field, column)
+    return rows
 
 
 def _results(scored: pa.Table, groups: NDArray[np.int64], stage: NDArray[np.int64], settings: RankSettings) -> pa.Table:

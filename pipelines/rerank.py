@@ -286,7 +286,7 @@ class _Run:
             cpus_per_actor, threads = execute.actor_cpus(job.config, cores)
             return RunContext(
                 model=job.model,
-                read=_read_settings(job, plan),
+                read=read_settings(job, plan),
                 commit=_commit_settings(job, plan, weight),
                 inputs=plan.inputs,
                 threads=threads,
@@ -295,7 +295,8 @@ class _Run:
         return build
 
 
-def _read_settings(job: Job, plan: Plan) -> ReadSettings:
+def read_settings(job: Job, plan: Plan) -> ReadSettings:
+    """What reading the shards of this job takes."""
     first = next(file for file in job.files if file.location.uri == plan.inputs[0].uri)
     with open_input(first) as source:
         fields = pass_through_fields(pq.read_schema(source), plan.columns)

@@ -4,9 +4,9 @@ A query is a docstring's summary (its first paragraph); the document it should f
 docstring. Train, dev and test are disjoint sets of top-level modules, so the test queries are about code that
 training never saw. Nothing here knows a model or Ray: the output is Parquet, the same for the same Python.
 
-What keeps test unseen: a docstring is left out of training when its summary is a dev or test query, or when one
-of its texts shares a run of LEAK_WORDS words with a text of dev or test. Dev is cleaned against test in the same
-way. The documents of all modules are searched, as in a real corpus.
+What keeps test unseen: a docstring is left out of training when its summary is a dev or test query, or when
+one of its texts shares a run of LEAK_WORDS words with a text of dev or test. Dev is cleaned against test in the
+same way. The documents of all modules are searched, as in a real corpus.
 """
 
 import ast
@@ -60,8 +60,8 @@ class Collection:
     """Where the collection lies, and how large it is.
 
     `queries` holds the dev and test queries [query_id, text], `corpus` all documents [doc_id, text],
-    `qrels_*` [query_id, doc_id, relevance], `candidates` BM25's best [query_id, doc_id, rank, score] of the dev
-    and test queries, `training` [query, positive, negatives] with the hardest negatives first.
+    `qrels_*` [query_id, doc_id, relevance], `candidates` BM25's best of the dev and test
+    queries [query_id, doc_id, rank, score], `training` [query, positive, negatives], hardest negatives first.
     """
 
     queries: Path
@@ -95,8 +95,8 @@ def build_collection(
     for name, pairs in splits.items():
         if not pairs:
             raise InputError(
-                f"The demo's {name} split has no docstring with a summary and a rest: Python may be installed "
-                "without its sources or run with docstrings stripped (-OO). Use a full Python installation."
+                f"The demo's {name} split has no docstring with a summary and a rest: Python may be "
+                "installed without its sources or run with docstrings stripped (-OO). Use a full Python installation."
             )
     num_leaks_removed = len(found["dev"]) - len(dev) + len(found["train"]) - len(train)
     return _write(folder, library, splits, num_leaks_removed)
@@ -241,9 +241,7 @@ def _write(
     folder: Path, library: Sequence[Docstring], splits: dict[str, list[Docstring]], num_leaks_removed: int
 ) -> Collection:
     folder.mkdir(parents=True, exist_ok=True)
-    documents = {
-        _normal(d.rest): d for d in reversed(library)
-    }  # equal rests are one document, named by the first
+    documents = {_normal(d.rest): d for d in reversed(library)}  # equal rests are one document, named by the first
     doc_ids = [d.name for d in documents.values()]
     judged = _judgements(library, {text: d.name for text, d in documents.items()})
     queries = {split: _distinct_queries(splits[split]) for split in ("dev", "test")}

@@ -1,9 +1,9 @@
 """The demo's fine-tuning: one short pass over the training lists, on a CPU, into a checkpoint to rerank with.
 
-Training sees a query with its document and a few documents that BM25 confuses with it, and learns a softmax over
-that list. Half of each target is the label, half the opinion of the backbone itself as a bi-encoder: a soft target
-for every document teaches more in a few minutes than one right answer a list. The work is fixed in lists, not in
-seconds: the same machine makes the same model. Knows no dev or test data and no Ray.
+Training sees a query with its document and a few documents that BM25 confuses with it, and learns a softmax
+over that list. Half of each target is the label, half the opinion of the backbone itself as a bi-encoder: a soft
+target for every document teaches more in a few minutes than one right answer a list. The work is fixed in lists,
+not in seconds: the same machine makes the same model. Knows no dev or test data and no Ray.
 """
 
 import importlib.util
@@ -98,13 +98,21 @@ def finetune(collection: Collection, output: Path, *, settings: FinetuneSettings
         chosen = _choose_lists(collection.training, settings)
         lists = _with_targets(chosen, model.base_model, tokenizer, settings, progress)
         _train(model, tokenizer, lists, settings, progress)
-    tokenizer.model_max_length = MAX_TOKENS
+    _save(model, tokenizer, output)
+    return output
+
+
+def _save(model: Any, tokenizer: Any, output: Path) -> None:
+    """The whole folder or nothing: a killed demo must not leave a model that looks finished."""
     unfinished = output.with_name(output.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # a killed run may have left one
+    if unfinished.exists():  # left by a killed run
+        shutil.rmtree(unfinished)
+    tokenizer.model_max_length = MAX_TOKENS
+    tokenizer.backend_tokenizer.no_truncation()  # or the last training batch's limits would be saved
+    tokenizer.backend_tokenizer.no_padding()
     model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
     os.replace(unfinished, output)
-    return output
 
 
 def backbone_folder() -> Path:
@@ -125,7 +133,9 @@ def _new_classifier(backbone: Path, seed: int) -> Any:
     """
     config = AutoConfig.from_pretrained(backbone, num_labels=1)
     model = AutoModelForSequenceClassification.from_config(config)
-    model.base_model.load_state_dict(load_file(backbone / "model.safetensors"))
+    weights = load_file(backbone / "model.safetensors")
+    del weights["embeddings.position_ids"]  # 0, 1, 2, ...: the model computes it
+    model.base_model.load_state_dict(weights)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         model.classifier.weight.normal_(std=config.initializer_range, generator=generator)
@@ -180,9 +190,7 @@ def _embed(
     with torch.inference_mode():
         for start in range(0, len(by_length), 32):
             batch = by_length[start : start + 32]
-            inputs = tokenizer(
-                batch, truncation=True, max_length=max_tokens, padding=True, return_tensors="pt"
-            )
+            inputs = tokenizer(batch, truncation=True, max_length=max_tokens, padding=True, return_tensors="pt")
             states_PTD = encoder(**inputs).last_hidden_state
             mask_PT1 = inputs["attention_mask"].unsqueeze(-1)
             mean_PD = (states_PTD * mask_PT1).sum(1) / mask_PT1.sum(1)
@@ -195,7 +203,7 @@ def _embed(
 def _train(
     model: Any, tokenizer: Any, lists: Sequence[_TrainingList], settings: FinetuneSettings, progress: Progress
 ) -> None:
-    """One pass of AdamW over the lists, changing `model`; the rate rises for `warmup_share`, then falls to 0."""
+    """One pass of AdamW over the lists, changing `model`; the rate rises for `warmup_share`, then falls."""
     parameters = _trainable(model, settings.num_frozen_layers)
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.01)
     steps = _steps(lists, settings)
@@ -206,9 +214,7 @@ def _train(
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * share
         pairs = [(x.query, document) for x in step for document in x.documents]
-        inputs = tokenizer(
-            pairs, truncation=True, max_length=settings.max_tokens, padding=True, return_tensors="pt"
-        )
+        inputs = tokenizer(pairs, truncation=True, max_length=settings.max_tokens, padding=True, return_tensors="pt")
         scores_QN = model(**inputs).logits.view(len(step), -1)
         target_QN = torch.from_numpy(np.stack([x.target_N for x in step]))
         loss = -(target_QN * scores_QN.log_softmax(-1)).sum(-1).mean()

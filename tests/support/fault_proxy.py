@@ -34,9 +34,7 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
-Fault = Literal[
-    "status", "reset_before", "reset_after", "truncate", "short", "corrupt", "latency", "duplicate"
-]
+Fault = Literal["status", "reset_before", "reset_after", "truncate", "short", "corrupt", "latency", "duplicate"]
 
 _MAX_BODY_BYTES = 256 << 20
 # Expect is answered by the proxy itself; a body is passed on with a Content-Length, never in chunks.
@@ -213,9 +211,7 @@ class FaultProxy:
         self._note(request, answer.status, fault)
         return _reset(request) if fault == "reset_after" else await _respond(request, answer, fault)
 
-    def _note(
-        self, request: web.Request, status: int | None, fault: Fault | Literal["unreachable"] | None
-    ) -> None:
+    def _note(self, request: web.Request, status: int | None, fault: Fault | Literal["unreachable"] | None) -> None:
         path, _, query = request.raw_path.partition("?")
         self._ledger.append(Exchange(request.method, path, query, status, fault))
 
@@ -228,16 +224,12 @@ class FaultProxy:
             self._senders, self._exchange, request.method, request.raw_path, headers, body
         )
 
-    def _exchange(
-        self, method: str, target: str, headers: Iterable[tuple[bytes, bytes]], body: bytes
-    ) -> _Answer:
+    def _exchange(self, method: str, target: str, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> _Answer:
         """Send one request on a connection of its own, exactly once.
 
         aiohttp's client is not used here: it silently repeats a PUT whose connection broke.
         """
-        connection = http.client.HTTPConnection(
-            self._upstream.hostname or "", self._upstream.port, timeout=120
-        )
+        connection = http.client.HTTPConnection(self._upstream.hostname or "", self._upstream.port, timeout=120)
         try:
             connection.putrequest(method, target, skip_host=True, skip_accept_encoding=True)
             for name, value in headers:

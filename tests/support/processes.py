@@ -143,9 +143,7 @@ class DriverProcess:
 
     def tail(self, num_chars: int = 4000) -> str:
         """The end of stdout and stderr, for messages."""
-        out, err = (
-            path.read_text(errors="replace")[-num_chars:] for path in (self.stdout_path, self.stderr_path)
-        )
+        out, err = (path.read_text(errors="replace")[-num_chars:] for path in (self.stdout_path, self.stderr_path))
         return f"--- stdout\n{out}\n--- stderr\n{err}"
 
     def __enter__(self) -> "DriverProcess":

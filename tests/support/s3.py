@@ -84,9 +84,7 @@ class S3Server:
     @cached_property
     def client(self) -> Any:
         """A boto3 client of this endpoint, whatever the environment says."""
-        checksums = Config(
-            request_checksum_calculation="when_required", response_checksum_validation="when_required"
-        )
+        checksums = Config(request_checksum_calculation="when_required", response_checksum_validation="when_required")
         return boto3.client(
             "s3",
             endpoint_url=self.endpoint_url,
@@ -263,9 +261,7 @@ def main() -> None:
     """Install or run a server by hand; a running one prints its environment and ends on SIGTERM or Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m tests.support.s3", description=__doc__)
     parser.add_argument("server", choices=["moto", "ceph"])
-    parser.add_argument(
-        "action", choices=["install", "run"], help="moto comes with the test extra: nothing to install"
-    )
+    parser.add_argument("action", choices=["install", "run"], help="moto comes with the test extra: nothing to install")
     args = parser.parse_args()
     if args.action == "install":
         if args.server == "ceph":
@@ -314,9 +310,7 @@ def _answers(port: int, server: subprocess.Popen[bytes]) -> bool:
 
 
 def _run(command: list[str]) -> str:
-    done = subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=90, check=False
-    )
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=90, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{command!r} ended with {done.returncode}: {done.stderr[-2000:]}")
     return done.stdout

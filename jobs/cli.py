@@ -1,0 +1,19 @@
+"""The `crossenc` command: every job is a verb."""
+
+import typer
+
+from jobs import rerank, status
+
+app = typer.Typer(
+    name="crossenc",
+    help="Rerank query-document pairs with cross-encoders: billions of them, exactly once.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.command("rerank")(rerank.command)
+app.command("status")(status.command)
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    app()

@@ -1,0 +1,99 @@
+"""Job files: YAML and `--set a.b=c` into a checked configuration, with errors that name the key and the remedy."""
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from crossenc.errors import ConfigError
+from pipelines.storage import FileInfo, info, locate, read_bytes
+
+Config = TypeVar("Config", bound=BaseModel)
+_MAX_BYTES = 1_000_000
+
+
+def load(kind: type[Config], source: str, overrides: Sequence[str] = ()) -> Config:
+    """The configuration in the file `source` (a path or URI), with `key=value` overrides applied over it.
+
+    Raises ConfigError naming the file, the key and, for a misspelt one, the nearest key there is.
+    """
+    tree = _read_yaml(source)
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: " + "; ".join(_explain(kind, problem) for problem in error.errors())) from None
+
+
+def _read_yaml(source: str) -> dict[str, Any]:
+    file = _find(source)
+    if file.num_bytes > _MAX_BYTES:
+        raise ConfigError(f"{source} has {file.num_bytes:,} bytes; that is no job file")
+    text = read_bytes(file.location).decode()
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise ConfigError(f"{source}: YAML aliases are not used in job files; write the value out")
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{source} holds no settings; write them as `key: value` lines")
+    return tree
+
+
+def _find(source: str) -> FileInfo:
+    file = info(locate(source))
+    if file is None:
+        folder = Path(source).parent
+        near = get_close_matches(Path(source).name, [p.name for p in folder.glob("*.yaml")] if folder.is_dir() else [])
+        hint = f"; did you mean {folder / near[0]}?" if near else ""
+        raise ConfigError(f"there is no job file {source}{hint}")
+    return file
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    """Sets `a.b=value` in the tree; the value is read as YAML, so numbers, lists and null work."""
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(
+            f"--set {override!r}: write key=value, with dots for keys inside others, as in scoring.actors=4"
+        )
+    node = tree
+    for key in keys[:-1]:
+        child = node.setdefault(key, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {override!r}: {key} is a value, not a group of settings")
+        node = child
+    try:
+        node[keys[-1]] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override!r}: the value is not YAML; put quotes around it") from None
+
+
+def _explain(kind: type[BaseModel], problem: Any) -> str:
+    path = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = _keys_at(kind, problem["loc"][:-1])
+        near = get_close_matches(str(problem["loc"][-1]), known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
+        return f"unknown key {path}; {hint}"
+    if problem["type"] == "missing":
+        return f"{path} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{path}: {message}" if path else message
+
+
+def _keys_at(kind: type[BaseModel], path: Sequence[Any]) -> list[str]:
+    """The setting names of the model at `path` below `kind`."""
+    model: Any = kind
+    for part in path:
+        annotation = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
+        options = getattr(annotation, "__args__", (annotation,))
+        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), BaseModel)
+    return list(model.model_fields)

@@ -1,0 +1,92 @@
+"""The rerank job: `crossenc rerank job.yaml`, or `python -m jobs.rerank job.yaml`."""
+
+import sys
+from typing import Annotated
+
+import typer
+import yaml
+from rich.console import Console
+
+from jobs import config as job_config
+from jobs import runtime
+from pipelines.config import RerankConfig
+from pipelines.estimate import Estimate, estimate
+from pipelines.model import Model
+from pipelines.rerank import Outcome, rerank
+from pipelines.storage import redact_options
+
+
+def run(
+    job: str,
+    overrides: tuple[str, ...] = (),
+    *,
+    dry_run: bool = False,
+    new_run: bool = False,
+    model: Model | None = None,
+) -> int:
+    """Runs the job file and returns the exit code. `model` replaces the one that the file names."""
+
+    def body() -> int:
+        config = job_config.load(RerankConfig, job, overrides)
+        if dry_run:
+            _show_estimate(config, estimate(config, model))
+            return runtime.DONE
+        stop = runtime.StopSignal()
+        with runtime.disconnected_at_end():
+            outcome = rerank(
+                config,
+                connect=lambda: runtime.connect(config.ray_address, stop),
+                stream=sys.stderr,
+                should_stop=stop,
+                model=model,
+                new_run=new_run,
+            )
+        _show_outcome(outcome)
+        return runtime.RESUMABLE if outcome.state == "stopped" else runtime.DONE
+
+    return runtime.run(body)
+
+
+def _show_outcome(outcome: Outcome) -> None:
+    out = Console(highlight=False, soft_wrap=True)
+    out.print(outcome.message, markup=False)
+    if outcome.counts is not None:
+        counts = outcome.counts
+        refused = sum(counts.refused.values())
+        out.print(
+            f"{counts.num_queries:,} queries, {counts.num_candidates:,} candidates:"
+            f" {counts.num_scored:,} scored, {refused:,} refused, {counts.num_results:,} in the results"
+        )
+        for reason, number in counts.refused.items():
+            out.print(f"  refused {number:,}: {reason}", markup=False)
+
+
+def _show_estimate(config: RerankConfig, plan: Estimate) -> None:
+    shown = config.model_dump(mode="json")
+    shown["storage_options"] = redact_options(config.storage_options)
+    out = Console(highlight=False, soft_wrap=True)
+    out.print(yaml.safe_dump(shown, sort_keys=False).strip(), markup=False)
+    out.print("\n" + "\n".join(plan.lines()), markup=False)
+
+
+def command(
+    job: Annotated[str, typer.Argument(help="The job file: a path or URI of a YAML file.", show_default=False)],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a setting, as in --set scoring.actors=4. Repeatable.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show settings, plan and an estimate; write nothing.")
+    ] = False,
+    new_run: Annotated[
+        bool, typer.Option("--new-run", help="Delete the run in the output folder and start over.")
+    ] = False,
+) -> None:
+    """Rerank candidates with a cross-encoder, exactly once. Run it again to resume.
+
+    Exit codes: 0 done, 2 bad configuration or input, 75 stopped and resumable, 1 anything else.
+    """
+    raise typer.Exit(run(job, tuple(set_ or ()), dry_run=dry_run, new_run=new_run))
+
+
+if __name__ == "__main__":
+    typer.run(command)

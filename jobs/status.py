@@ -1,0 +1,55 @@
+"""The status command: `crossenc status OUTPUT`, what a run has done and whether it is at work."""
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from jobs import runtime
+from pipelines.progress import visible
+from pipelines.status import RunStatus, look
+
+
+def run(output: str, storage_options: dict[str, object] | None = None, *, as_json: bool = False) -> int:
+    """Shows the run in `output` and returns the exit code."""
+
+    def body() -> int:
+        status = look(output, storage_options or {})
+        if as_json:
+            Console(soft_wrap=True, highlight=False).print_json(json.dumps(asdict(status)))
+        else:
+            _show(status)
+        return runtime.DONE
+
+    return runtime.run(body)
+
+
+def _show(status: RunStatus) -> None:
+    console = Console(highlight=False)
+    console.print(f"[bold]{status.state}[/bold]", f"— {visible(status.detail)}" if status.detail else "")
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("shards", f"{status.num_shards_done:,} of {status.num_shards:,}")
+    table.add_row("candidates", f"{status.num_candidates:,} of {status.num_candidates_planned:,}")
+    table.add_row("scored", f"{status.num_scored:,}")
+    table.add_row("results", f"{status.num_results:,}")
+    if status.pairs_per_second:
+        table.add_row("rate", f"{status.pairs_per_second:,.0f} pairs/s")
+    table.add_row("refused", f"{sum(status.refused.values()):,}")
+    for reason, number in status.refused.items():
+        table.add_row("", f"{number:,} {visible(reason)}")
+    console.print(table)
+
+
+def command(
+    output: Annotated[str, typer.Argument(help="The output folder of a run.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+) -> None:
+    """Show whether a run is running, resumable or finished, and what it has done so far."""
+    raise typer.Exit(run(output, as_json=as_json))
+
+
+if __name__ == "__main__":
+    typer.run(command)

@@ -1,0 +1,76 @@
+"""What can be seen of a run from its output folder alone, by anyone who can read it."""
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from crossenc.errors import InputError
+from pipelines import finish, lease, ledger
+from pipelines import plan as plans
+from pipelines.commit import RESULTS_FOLDER, SCORED_FOLDER
+from pipelines.stages import bucket_id
+from pipelines.storage import exists, locate
+
+State = Literal["running", "resumable", "finished"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStatus:
+    """A run as it stands. `num_candidates` counts committed ones; the planned number is an estimate if nested."""
+
+    state: State
+    detail: str
+    num_shards: int
+    num_shards_done: int
+    num_candidates_planned: int
+    num_candidates: int
+    num_scored: int
+    num_results: int
+    refused: Mapping[str, int]
+    pairs_per_second: float
+
+
+def look(output_uri: str, storage_options: Mapping[str, Any]) -> RunStatus:
+    """The status of the run in `output_uri`. Raises InputError where there is none."""
+    output = locate(output_uri, storage_options)
+    plan = plans.load(output)
+    if plan is None:
+        raise InputError(f"{output} holds no run; give the output folder of a rerank job")
+    holder = lease.last_holder(output)
+    shard_ids = [shard.shard_id for shard in plan.shards]
+    shards = ledger.read(output, SCORED_FOLDER if plan.is_two_phase else RESULTS_FOLDER, shard_ids, plan.fingerprint)
+    counts = finish.add_counts(part.counts for _, part in shards.parts.values())
+    num_results, refused = counts.num_results, Counter(counts.refused)
+    if plan.is_two_phase:
+        ids = [bucket_id(bucket) for bucket in range(plan.num_buckets)]
+        buckets = ledger.read(output, RESULTS_FOLDER, ids, plan.fingerprint).parts.values()
+        num_results = sum(part.counts.num_results for _, part in buckets)
+        duplicates = sum(part.counts.refused.get("duplicate_document", 0) for _, part in buckets)
+        refused.update({"duplicate_document": duplicates} if duplicates else {})
+    state, detail, rate = _state(exists(output / finish.SUCCESS_FILE), holder)
+    return RunStatus(
+        state=state,
+        detail=detail,
+        num_shards=len(plan.shards),
+        num_shards_done=len(shards.parts),
+        num_candidates_planned=plan.num_candidates,
+        num_candidates=counts.num_candidates,
+        num_scored=counts.num_candidates - sum(refused.values()),
+        num_results=num_results,
+        refused=dict(sorted(refused.items())),
+        pairs_per_second=rate,
+    )
+
+
+def _state(finished: bool, holder: lease.Holder | None) -> tuple[State, str, float]:
+    if finished:
+        return "finished", "", 0.0
+    if holder is None or holder.state == "released":
+        return "resumable", "run the same command again to go on", 0.0
+    age = time.time() - holder.beaten_at
+    where = f"on {holder.host} (pid {holder.pid}), last heartbeat {age:,.0f} s ago"
+    if age > lease.TAKEOVER_SECONDS:
+        return "resumable", f"the run {where} seems dead; run the same command again to go on", 0.0
+    return "running", where, float(holder.progress.get("pairs_per_second") or 0.0)
