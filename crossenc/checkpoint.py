@@ -61,7 +61,7 @@ def fetch(
     Raises InputError when `source` is none of these or does not exist, StorageError when it cannot be read,
     CheckpointError when what is there is not a complete checkpoint.
     """
-    text = os.fspath(source)
+    text = os.path.expanduser(os.fspath(source))
     if os.path.isdir(text):
         folder = Path(text).absolute()
     elif "://" in text:
@@ -232,7 +232,8 @@ def _fetch_uri(uri: str, root: Path, storage_options: Mapping[str, object]) -> P
     with FileLock(root / f"{key}.lock"):
         if folder.is_dir():  # another process was faster
             return folder
-        shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
+        if partial.exists():  # what a killed process left
+            shutil.rmtree(partial)
         partial.mkdir()
         for name, (num_bytes, _) in files.items():
             _copy_file(filesystem, f"{remote_folder.rstrip('/')}/{name}", partial / name, num_bytes)

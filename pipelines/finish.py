@@ -1,18 +1,21 @@
 """The end of a run: everything is counted, the manifest is written, then the report, then the mark of success."""
 
 import json
+import math
 import platform
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from crossenc.errors import CrossEncError, RunConflictError
 from pipelines import evaluate, report
-from pipelines.commit import COUNTS
+from pipelines.commit import COUNTS, RESULTS_FOLDER
 from pipelines.config import RerankConfig
 from pipelines.plan import FORMAT, Plan
 from pipelines.records import (
@@ -24,7 +27,7 @@ from pipelines.records import (
     ShardRecord,
     StageSeconds,
 )
-from pipelines.storage import Location, delete, list_files, open_input, put, put_new, read_bytes
+from pipelines.storage import Location, delete, info, list_files, open_input, put, put_new, read_bytes
 
 if TYPE_CHECKING:
     from pipelines.rerank import Outcome
@@ -53,12 +56,22 @@ class FinishedRun:
 
 
 def finish(run: FinishedRun, say: Callable[[str], None]) -> ShardCounts:
-    """Reconciles, writes manifest, report and mark, and returns the counts of the whole run."""
+    """Reconciles, writes manifest, report and mark, and returns the counts of the whole run.
+
+    Raises CrossEncError where the counts do not add up, RunConflictError where what is stored is not what was made.
+    """
     counts = _reconcile(run)
+    changed = _changed(run.output, [(record.path, record.num_bytes) for record in run.records.values()])
+    if changed:
+        raise RunConflictError(f"{run.output / changed} was removed or changed meanwhile; run the same command again")
     summary = _summarise(run, counts, say)
-    body = put_new(run.output / MANIFEST_FILE, json.dumps(_manifest(run, summary), indent=1).encode())
-    if json.loads(body)["fingerprint"] != run.plan.fingerprint:
-        raise RunConflictError(f"{run.output / MANIFEST_FILE} is of another run; start over with --new-run")
+    manifest = _manifest(run, summary)
+    stored = _read_manifest(put_new(run.output / MANIFEST_FILE, json.dumps(manifest, indent=1).encode()), run.output)
+    if (stored["fingerprint"], stored["parts"]) != (manifest["fingerprint"], manifest["parts"]):
+        raise RunConflictError(
+            f"{run.output / MANIFEST_FILE} lists other parts than are stored now; delete it and run the same command"
+            " again, or start over with --new-run"
+        )
     _remove_orphans(run)
     put(run.output / REPORT_FILE, report.render(summary).encode())
     put(run.output / SUCCESS_FILE, b"")
@@ -69,16 +82,45 @@ def confirm(output: Location) -> "Outcome":
     """The outcome of a run that is finished already, after a look at whether its parts are all there."""
     from pipelines.rerank import Outcome
 
-    manifest = json.loads(read_bytes(output / MANIFEST_FILE))
-    stored = {file.location.uri: file.num_bytes for file in list_files(output)}
-    for part in manifest["parts"]:
-        if stored.get((output / part["path"]).uri) != part["bytes"]:
-            raise RunConflictError(
-                f"the run on {output} was finished, but {part['path']} is missing or changed since; restore it, or"
-                " make everything again with --new-run"
-            )
+    try:
+        manifest = _read_manifest(read_bytes(output / MANIFEST_FILE), output)
+    except FileNotFoundError:
+        changed: str | None = MANIFEST_FILE
+    else:
+        parts = [(part["path"], part["bytes"]) for part in manifest["parts"]]
+        changed = _changed(output, parts) or _changed(
+            output, [(side, None) for part in manifest["parts"] for side in part["sides"]]
+        )
+    if changed:
+        raise RunConflictError(
+            f"the run on {output} was finished, but {changed} is missing or changed since; restore it, or"
+            " make everything again with --new-run"
+        )
     counts = COUNTS.validate_python(manifest["counts"])
     return Outcome("already done", output, f"nothing to do: this run is finished; see {output / REPORT_FILE}", counts)
+
+
+def _changed(output: Location, files: Sequence[tuple[str, int | None]]) -> str | None:
+    """The first of these files that is not stored, or not with this number of bytes; None where all are."""
+    folders = {path.partition("/")[0] for path, _ in files}
+    stored = {file.location.uri: file.num_bytes for folder in folders for file in list_files(output / folder)}
+    for path, num_bytes in files:
+        found = stored.get((output / path).uri)
+        if found is None or num_bytes not in (None, found):
+            return path
+    return None
+
+
+def _read_manifest(body: bytes, output: Location) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads(body)
+        if manifest["format"] != FORMAT:
+            raise ValueError("another format")
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunConflictError(
+            f"{output / MANIFEST_FILE} is not a manifest of this version ({error}); start over with --new-run"
+        ) from None
+    return manifest
 
 
 def add_counts(counts: Iterable[ShardCounts]) -> ShardCounts:
@@ -173,34 +215,27 @@ def _summarise(run: FinishedRun, counts: ShardCounts, say: Callable[[str], None]
 
 
 def _examples(run: FinishedRun) -> tuple[RefusedExample, ...]:
-    """A few refused candidates of each reason, in input order."""
+    """A few refused candidates of each reason, from the first part that has any."""
     chosen: dict[str, list[RefusedExample]] = {}
-    wanted = {reason for record in run.records.values() for reason in record.counts.refused}
     for _, record in sorted(run.records.items()):
-        if all(len(chosen.get(reason, ())) >= _EXAMPLES_PER_REASON for reason in record.counts.refused):
-            continue
-        for path in record.side_paths:
-            if not path.startswith("quarantine/"):
-                continue
-            for row in _read_rows(run.output / path):
-                examples = chosen.setdefault(str(row["reason"]), [])
-                if len(examples) < _EXAMPLES_PER_REASON:
-                    examples.append(_example(row))
-        if all(len(chosen.get(reason, ())) >= _EXAMPLES_PER_REASON for reason in wanted):
-            break
+        for reason, rows in _refused_rows(run.output, record, [r for r in record.counts.refused if r not in chosen]):
+            chosen[reason] = [_example(row) for row in rows]
     return tuple(example for reason in sorted(chosen) for example in chosen[reason])
 
 
-def _read_rows(location: Location) -> list[dict[str, object]]:
-    file = next(
-        file
-        for file in list_files(Location(location.uri.rpartition("/")[0], location.options))
-        if file.location == location
-    )
-    with open_input(file) as source:
-        table = pq.ParquetFile(source).read_row_group(0)
-        rows: list[dict[str, object]] = table.slice(0, 1000).to_pylist()
-        return rows
+def _refused_rows(
+    output: Location, record: ShardRecord, reasons: Sequence[str]
+) -> Iterable[tuple[str, list[dict[str, object]]]]:
+    """For each reason the first rows of one part's quarantine file."""
+    file = next((output / path for path in record.side_paths if path.startswith("quarantine/")), None)
+    stored = info(file) if file is not None and reasons else None
+    if stored is None:
+        return
+    with open_input(stored) as source:
+        table = pq.read_table(source, page_checksum_verification=True)
+    for reason in reasons:
+        rows = table.filter(pc.equal(table.column("reason"), reason))
+        yield reason, rows.slice(0, _EXAMPLES_PER_REASON).to_pylist()
 
 
 def _example(row: Mapping[str, object]) -> RefusedExample:
@@ -239,20 +274,22 @@ def _manifest(run: FinishedRun, summary: RunSummary) -> dict[str, object]:
         "time_share": {name: round(value / seconds, 4) for name, value in asdict(summary.seconds).items()},
         "padding_share": round(1 - summary.counts.num_tokens / max(summary.counts.num_padded_tokens, 1), 4),
         "cost": summary.cost,
-        "evaluation": [asdict(comparison) for comparison in summary.evaluation],
+        "evaluation": [_without_nan(asdict(comparison)) for comparison in summary.evaluation],
         "evaluation_note": summary.evaluation_note,
         "versions": dict(summary.versions),
         "parts": parts,
     }
 
 
+def _without_nan(values: Mapping[str, object]) -> dict[str, object]:
+    """NaN is no JSON: what could not be computed is null."""
+    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in values.items()}
+
+
 def _remove_orphans(run: FinishedRun) -> None:
-    """Deletes side files that no part names: what an attempt left that lost the race for its part."""
+    """Deletes what killed and losing attempts left: side files that no part names, and hidden half-written files."""
     named = {(run.output / path).uri for record in run.records.values() for path in record.side_paths}
-    orphans = [
-        file.location
-        for folder in _SIDE_FOLDERS
-        for file in list_files(run.output / folder)
-        if file.location.uri not in named
-    ]
-    delete(orphans)
+    sides = [file.location for folder in _SIDE_FOLDERS for file in list_files(run.output / folder)]
+    results = [file.location for file in list_files(run.output / RESULTS_FOLDER)]
+    orphans = [location for location in sides if location.uri not in named]
+    delete([*orphans, *(location for location in results if re.fullmatch(r"\.part-.*\.tmp", location.name))])

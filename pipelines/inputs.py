@@ -4,9 +4,11 @@ It reads footers and one id column, never a text. Damage, and files that do not 
 named, so that a run starts only on input that it can read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -21,9 +23,14 @@ from pipelines.config import RerankConfig
 from pipelines.layout import Columns
 from pipelines.storage import FileInfo, expand, locate, open_input, redact
 
+T = TypeVar("T")
+
 #: Hash that stands for a null id.
 NULL_HASH = np.uint64(0)
 _MAX_ROW_GROUPS = 1_000_000
+_BUFFER_BYTES = 8 * 2**20
+_BATCH_BYTES = 64 * 2**20
+_REMEDY = "restore the file (skip_bad_files: true goes on without bad candidates files)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,62 +84,96 @@ def list_candidates(config: RerankConfig) -> list[FileInfo]:
 
 
 def scan(config: RerankConfig, files: Sequence[FileInfo]) -> Inputs:
-    """Reads the footers and query ids of `files`. Raises InputError naming the file and what to do."""
-    readable: list[tuple[FileInfo, pq.FileMetaData]] = []
+    """Reads the footers and query ids of `files`. Raises InputError naming the file and what to do.
+
+    Where the job skips bad files, those that cannot be read now are left out and named.
+    """
     skipped: list[tuple[str, str]] = []
     with ThreadPoolExecutor(16) as pool:
-        for file, footer in zip(files, pool.map(_try_footer, files), strict=True):
-            if isinstance(footer, InputError):
-                if not config.skip_bad_files:
-                    raise footer
-                skipped.append((file.location.uri, str(footer)))
-            else:
-                readable.append((file, footer))
-    if not readable:
-        raise InputError("none of the candidates files can be read; see the first error: " + skipped[0][1])
-    first_file, first_footer = readable[0]
+        footers = list(pool.map(lambda file: _attempt(lambda: read_footer(file)), files))
+    readable = _keep(config, files, footers, skipped)
+    first, first_footer = readable[0]
     first_schema = first_footer.schema.to_arrow_schema()
-    columns = layouts.resolve(
-        first_schema,
+    columns = _resolve(config, first_schema, first)
+    for file, footer in readable[1:]:
+        schema = footer.schema.to_arrow_schema()
+        layouts.check_schema(schema, str(file.location))
+        layouts.check_same(first_schema, schema, columns, str(first.location), str(file.location))
+        other = _resolve(config, schema, file)
+        if other != columns:
+            lacking = sorted(set(other.to_read()) - set(columns.to_read()))
+            raise InputError(f"{first.location} has no column {lacking[0]!r}, but {file.location} has: make them alike")
+    with ThreadPoolExecutor(8) as pool:
+        scans = list(pool.map(lambda entry: _attempt(lambda: _scan_file(entry[0], entry[1], columns)), readable))
+    kept = _keep(config, [file for file, _ in readable], scans, skipped)
+    return Inputs(columns, tuple(scan for _, scan in kept), tuple(skipped))
+
+
+def _resolve(config: RerankConfig, schema: pa.Schema, file: FileInfo) -> Columns:
+    return layouts.resolve(
+        schema,
         layout=config.layout,
         names=config.columns,
         pass_through=config.pass_through,
         has_texts=config.queries is not None,
-        file=str(first_file.location),
+        file=str(file.location),
     )
-    for file, footer in readable[1:]:
-        schema = footer.schema.to_arrow_schema()
-        layouts.check_schema(schema, str(file.location))
-        layouts.check_same(first_schema, schema, columns, str(first_file.location), str(file.location))
-    with ThreadPoolExecutor(8) as pool:
-        scans = tuple(pool.map(lambda entry: _scan_file(entry[0], entry[1], columns), readable))
-    return Inputs(columns, scans, tuple(skipped))
 
 
-def _try_footer(file: FileInfo) -> pq.FileMetaData | InputError:
+def _attempt(read: Callable[[], T]) -> T | InputError:
     try:
-        return read_footer(file)
+        return read()
     except InputError as error:
         return error
 
 
+def _keep(
+    config: RerankConfig, files: Sequence[FileInfo], results: Sequence[T | InputError], skipped: list[tuple[str, str]]
+) -> list[tuple[FileInfo, T]]:
+    """The files with a result. The others are added to `skipped`, or the first of their errors is raised."""
+    kept: list[tuple[FileInfo, T]] = []
+    for file, result in zip(files, results, strict=True):
+        if not isinstance(result, InputError):
+            kept.append((file, result))
+        elif config.skip_bad_files:
+            skipped.append((file.location.uri, str(result)))
+        else:
+            raise result
+    if not kept:
+        raise InputError("none of the candidates files can be read; see the first error: " + skipped[0][1])
+    return kept
+
+
 def read_footer(file: FileInfo) -> pq.FileMetaData:
     """The Parquet footer of `file`. Raises InputError where there is no sound one."""
-    remedy = "restore the file, or set skip_bad_files: true to go on without it"
     if file.num_bytes == 0:
-        raise InputError(f"{file.location} is empty (0 bytes), not a Parquet file; {remedy}")
-    try:
-        with open_input(file) as source:
-            footer = pq.read_metadata(source)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        if isinstance(error, ConnectionError | TimeoutError) or error.__class__.__name__ == "StorageError":
-            raise
-        raise InputError(
-            f"{file.location} is not a sound Parquet file ({redact(first_line(error))}); {remedy}"
-        ) from None
+        raise InputError(f"{file.location} is empty (0 bytes), not a Parquet file; {_REMEDY}")
+    with naming_damage(f"{file.location} is not a sound Parquet file"), open_input(file) as source:
+        footer = pq.read_metadata(source)
+        footer.schema.to_arrow_schema()  # raises where the schema is damaged
     if footer.num_row_groups > _MAX_ROW_GROUPS:
         raise InputError(f"{file.location} has {footer.num_row_groups:,} row groups; rewrite it with larger ones")
     return footer
+
+
+@contextmanager
+def naming_damage(problem: str) -> Iterator[None]:
+    """Turns an error that means damage inside a file into an InputError that starts with `problem`."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, PermissionError | FileNotFoundError):
+            raise InputError(f"{problem}: {redact(first_line(error))}; check its rights and run again") from None
+        if not is_damage(error):
+            raise
+        raise InputError(f"{problem} ({redact(first_line(error))}); {_REMEDY}") from None
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether an error in reading says that the file is damaged, and not that a store, a disk or the memory failed."""
+    if isinstance(error, OSError):  # Arrow's own ones, for a damaged page, have no number; a disk's have
+        return type(error) is OSError and error.errno is None
+    return isinstance(error, pa.ArrowException | UnicodeDecodeError) and not isinstance(error, MemoryError)
 
 
 def first_line(error: BaseException) -> str:
@@ -143,7 +184,7 @@ def first_line(error: BaseException) -> str:
 def _scan_file(file: FileInfo, footer: pq.FileMetaData, columns: Columns) -> FileScan:
     group_rows = [footer.row_group(g).num_rows for g in range(footer.num_row_groups)]
     group_starts = np.concatenate([[0], np.cumsum(group_rows)]).astype(np.int64)
-    hashes = _query_hashes(file, columns)
+    hashes = _query_hashes(file, footer, columns)
     if len(hashes) != group_starts[-1]:
         raise InputError(f"{file.location}: {len(hashes):,} query ids for {group_starts[-1]:,} rows; restore the file")
     if columns.layout == "nested":
@@ -168,21 +209,76 @@ def _estimate_candidates(
     for g in range(footer.num_row_groups):
         group = footer.row_group(g)
         leaves = [group.column(c) for c in range(group.num_columns)]
-        values.append(next(leaf.num_values for leaf in leaves if leaf.path_in_schema.split(".")[0] == top))
+        values.append(next(leaf.num_values for leaf in leaves if leaf.path_in_schema.startswith(f"{top}.")))
     totals = np.concatenate([[0], np.cumsum(values)])
     return np.asarray(np.interp(np.arange(group_starts[-1] + 1), group_starts, totals), dtype=np.int64)
 
 
-def _query_hashes(file: FileInfo, columns: Columns) -> NDArray[np.uint64]:
+def _query_hashes(file: FileInfo, footer: pq.FileMetaData, columns: Columns) -> NDArray[np.uint64]:
+    names = [columns.query_id]
     parts = [np.empty(0, dtype=np.uint64)]
-    try:
-        with open_input(file) as source:
-            table = pq.ParquetFile(source, read_dictionary=[columns.query_id])
-            for batch in table.iter_batches(batch_size=1 << 17, columns=[columns.query_id]):
-                parts.append(hash_ids(batch.column(0)))
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise InputError(f"{file.location}: column {columns.query_id!r} cannot be read ({first_line(error)})") from None
+    with naming_damage(f"{file.location}: column {columns.query_id!r} cannot be read"), open_input(file) as source:
+        for batch in read_batches(source, footer, names, names, max_rows=1 << 17):
+            parts.append(hash_ids(batch.column(columns.query_id)))
     return np.concatenate(parts)
+
+
+def read_batches(
+    source: pa.NativeFile,
+    footer: pq.FileMetaData,
+    columns: Sequence[str],
+    text_columns: Collection[str],
+    *,
+    max_rows: int,
+    row_groups: Sequence[int] | None = None,
+) -> Iterator[pa.RecordBatch]:
+    """The rows of a Parquet file in batches that fit in memory, however the file packs them.
+
+    Damage is detected where pages have checksums. Values anywhere in `text_columns` are read as dictionaries, so that
+    one that a small file repeats a million times is in memory once; decoded, they are at most _BATCH_BYTES in a
+    batch of more than one row.
+    """
+    leaves = [footer.schema.column(i).path for i in range(footer.num_columns)]
+    as_dictionary = [leaf for leaf in leaves if any(f"{leaf}.".startswith(f"{name}.") for name in text_columns)]
+    groups = range(footer.num_row_groups) if row_groups is None else row_groups
+    row_bytes = max((_mean_row_bytes(footer.row_group(g), columns) for g in groups), default=0)
+    file = pq.ParquetFile(
+        source,
+        metadata=footer,
+        read_dictionary=as_dictionary,
+        page_checksum_verification=True,
+        buffer_size=_BUFFER_BYTES,
+    )
+    num_rows = max(1, min(max_rows, _BATCH_BYTES // max(1, row_bytes)))
+    for batch in file.iter_batches(batch_size=num_rows, row_groups=list(groups), columns=list(columns)):
+        yield from _halve(batch, text_columns)
+
+
+def _mean_row_bytes(group: pq.RowGroupMetaData, columns: Sequence[str]) -> int:
+    leaves = [group.column(c) for c in range(group.num_columns)]
+    read = [leaf for leaf in leaves if any(f"{leaf.path_in_schema}.".startswith(f"{name}.") for name in columns)]
+    return sum(leaf.total_uncompressed_size for leaf in read) // max(1, group.num_rows)
+
+
+def _halve(batch: pa.RecordBatch, text_columns: Collection[str]) -> Iterator[pa.RecordBatch]:
+    if batch.num_rows > 1 and sum(_decoded_bytes(batch.column(name)) for name in text_columns) > _BATCH_BYTES:
+        middle = batch.num_rows // 2
+        yield from _halve(batch.slice(0, middle), text_columns)
+        yield from _halve(batch.slice(middle), text_columns)
+    else:
+        yield batch
+
+
+def _decoded_bytes(array: pa.Array) -> int:
+    """Bytes of all texts in `array`, which may be nested, if each row had its own copy."""
+    if pa.types.is_dictionary(array.type):
+        lengths = pc.cast(pc.binary_length(array.dictionary), pa.int64())
+        return int(pc.sum(lengths.take(array.indices)).as_py() or 0)
+    if layouts.is_list(array.type):
+        return _decoded_bytes(pc.list_flatten(array))
+    if pa.types.is_struct(array.type):
+        return sum(_decoded_bytes(field) for field in array.flatten())
+    return 0
 
 
 def hash_ids(ids: pa.Array) -> NDArray[np.uint64]:
@@ -191,9 +287,8 @@ def hash_ids(ids: pa.Array) -> NDArray[np.uint64]:
     values = encoded.dictionary
     if pa.types.is_integer(values.type):
         values = values.cast(pa.string())
-    texts = values.cast(pa.binary()).to_pylist()
-    keys = np.array([text.decode("utf-8", "surrogateescape") for text in texts] or [""], dtype=object)
+    keys = np.array([*values.cast(pa.large_binary()).to_pylist(), b""], dtype=object)  # never empty, for null ids
     hashed = pd.util.hash_array(keys, categorize=False)
     hashed[hashed == NULL_HASH] = 1
-    indices = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+    indices = encoded.indices.cast(pa.int64()).fill_null(-1).to_numpy()
     return np.asarray(np.where(indices < 0, NULL_HASH, hashed[indices]), dtype=np.uint64)

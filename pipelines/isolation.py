@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from crossenc.batching import token_budget_batches
 from crossenc.errors import ScoreError
 from crossenc.records import TokenizedPairs
-from pipelines.model import Model, Scorer
+from pipelines.model import Model, Scorer, check_canary
 
 #: A shard whose scoring kills more children than this is given up: what is left of it is refused.
 MAX_CHILD_DEATHS = 64
+_GAVE_UP = ("scoring_crash", "not tried: the shard has ended too many scoring processes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +60,27 @@ def _halve(score: Callable[[NDArray[np.int64]], NDArray[np.float32]], indices: N
         _halve(score, indices[middle:], out)
 
 
+def is_broken(model: Model, scorer: Scorer) -> bool:
+    """Whether a scorer that raised cannot score an ordinary pair either.
+
+    A CUDA error sticks to its process: after one bad pair every other one raises too, and none of them is guilty.
+    """
+    try:
+        check_canary(scorer, model.load_tokenizer(), model.name)
+    except Exception:
+        return True
+    return False
+
+
 def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def score_isolated(model: Model, threads: int, scorer: Scorer, pairs: TokenizedPairs) -> Outcome:
-    """Scores batch by batch in a child process; a batch that kills it is halved down to single pairs."""
+    """Scores batch by batch in a child process; a batch that kills or breaks it is halved down to single pairs.
+
+    Raises ScoreError where no child can be started.
+    """
     outcome = Outcome(np.full(len(pairs), np.nan, dtype=np.float32), {})
     pending = token_budget_batches(pairs.lengths, scorer.max_batch_tokens)[::-1]
     child = _Child(model, threads)
@@ -72,16 +88,18 @@ def score_isolated(model: Model, threads: int, scorer: Scorer, pairs: TokenizedP
     try:
         while pending:
             indices = pending.pop()
-            reply = child.score(select(pairs, indices)) if deaths <= MAX_CHILD_DEATHS else "scoring_crash: gave up"
+            if deaths > MAX_CHILD_DEATHS:
+                outcome.failures.update(dict.fromkeys(indices.tolist(), _GAVE_UP))
+                continue
+            reply = child.score(select(pairs, indices))
             if not isinstance(reply, str):
                 outcome.scores[indices] = reply
                 continue
             reason, _, detail = reply.partition(": ")
             if reason == "scoring_crash":
                 deaths += 1
-                child.close()
-                child = _Child(model, threads)
-            if len(indices) == 1 or deaths > MAX_CHILD_DEATHS:
+                child.close()  # the next pairs start another
+            if len(indices) == 1:
                 outcome.failures.update(dict.fromkeys(indices.tolist(), (reason, detail)))
             else:
                 middle = len(indices) // 2
@@ -121,7 +139,7 @@ class _Child:
         assert self._pipe is not None
         try:
             problem = self._pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             problem = "it died while loading the model"
         if problem is not None:
             raise ScoreError(f"could not start a separate scoring process: {problem}")
@@ -149,4 +167,5 @@ def _serve(model: Model, threads: int, pipe: Connection) -> None:
         try:
             pipe.send(scorer.score(pairs))
         except Exception as error:
-            pipe.send(f"scoring_error: {_describe(error)}")
+            reason = "scoring_crash" if is_broken(model, scorer) else "scoring_error"
+            pipe.send(f"{reason}: {_describe(error)}")

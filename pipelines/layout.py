@@ -4,7 +4,7 @@ Three layouts: `nested` (one row a query, with lists of documents), `pairs` (one
 texts) and `ids` (one row a pair, texts in the tables `queries` and `corpus`). It looks at schemas only, never at data.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -14,6 +14,7 @@ import pyarrow.types as pt
 from crossenc.errors import InputError
 from pipelines.config import LayoutName
 
+_TypeTest = Callable[[pa.DataType], bool]
 _DOC_ID_NAMES = (
     "doc_id",
     "docid",
@@ -108,6 +109,8 @@ def resolve(
         if column in RESULT_NAMES:
             raise InputError(f"pass_through: {column!r} is a column of the results already; leave it out")
     if layout == "nested":
+        if has_texts:
+            raise InputError(f"{file} has lists of documents with their texts; leave queries and corpus out")
         return _nested(finder, query_id, tuple(pass_through))
     has_own_texts = layout == "pairs"
     if not has_own_texts and not has_texts:
@@ -123,28 +126,25 @@ def resolve(
         score=finder.optional("score"),
         pass_through=tuple(pass_through),
     )
-    _check_types(schema, columns, file)
+    _check_types(schema, schema, columns, file)
     return columns
 
 
 def _recognise(finder: "Finder", has_texts: bool) -> str:
-    if finder.optional("doc_id"):
-        return "ids" if has_texts else ("pairs" if finder.optional("text") else "ids")
-    if finder.optional("doc_ids") or finder.optional("documents"):
+    if finder.has("doc_id"):
+        return "ids" if has_texts or not finder.has("text") else "pairs"
+    if finder.has("doc_ids") or finder.has("documents"):
         return "nested"
     finder.required("doc_id")
     raise AssertionError("unreachable: required() raises")
 
 
 def _nested(finder: "Finder", query_id: str, pass_through: tuple[str, ...]) -> Columns:
-    schema, file = finder.schema, finder.file
     documents = finder.required("documents")
     query = finder.required("query")
-    kind = schema.field(documents).type
-    if not is_list(kind):
-        raise InputError(f"{file}: column {documents!r} is {kind}, but a nested layout needs a list in it")
-    if pt.is_struct(kind.value_type):
-        fields = Finder(pa.schema(list(kind.value_type)), finder.names, f"{file}, column {documents!r}")
+    kind = finder.schema.field(documents).type
+    if is_list(kind) and pt.is_struct(kind.value_type):
+        fields = Finder(pa.schema(list(kind.value_type)), finder.names, f"{finder.file}, column {documents!r}")
         columns = Columns(
             layout="nested",
             doc_id=fields.required("doc_id"),
@@ -157,7 +157,7 @@ def _nested(finder: "Finder", query_id: str, pass_through: tuple[str, ...]) -> C
             query_id=query_id,
             pass_through=pass_through,
         )
-        _check_types(fields.schema, columns, fields.file, nested_struct=True)
+        _check_types(finder.schema, fields.schema, columns, finder.file)
         return columns
     columns = Columns(
         layout="nested",
@@ -170,11 +170,13 @@ def _nested(finder: "Finder", query_id: str, pass_through: tuple[str, ...]) -> C
         query_id=query_id,
         pass_through=pass_through,
     )
-    flat = {
-        name: schema.field(name).type.value_type if is_list(schema.field(name).type) else schema.field(name).type
-        for name in schema.names
-    }
-    _check_types(pa.schema(flat.items()), columns, file)
+    names = [columns.doc_id, columns.text, columns.title, columns.rank, columns.score]
+    lists = {name: finder.schema.field(name).type for name in names if name is not None}
+    for name, kind in lists.items():
+        if not is_list(kind):
+            raise InputError(f"{finder.file}: column {name!r} is {kind}, but the nested layout needs a list in it")
+    items = pa.schema([(name, kind.value_type) for name, kind in lists.items()])
+    _check_types(finder.schema, items, columns, finder.file)
     return columns
 
 
@@ -187,32 +189,32 @@ def is_text(kind: pa.DataType) -> bool:
     """Whether values are text or bytes, dictionary-coded or not."""
     if pt.is_dictionary(kind):
         kind = kind.value_type
-    tests = (pt.is_string, pt.is_large_string, pt.is_string_view, pt.is_binary, pt.is_large_binary)
-    return any(test(kind) for test in tests)
+    texts = (pt.is_string, pt.is_large_string, pt.is_string_view)
+    raw = (pt.is_binary, pt.is_large_binary, pt.is_binary_view)
+    return any(test(kind) for test in (*texts, *raw))
 
 
-def _check_types(schema: pa.Schema, columns: Columns, file: str, nested_struct: bool = False) -> None:
-    def check(name: str | None, role: str, allowed: bool, wanted: str) -> None:
-        if name is not None and not allowed:
+def _check_types(outer: pa.Schema, items: pa.Schema, columns: Columns, file: str) -> None:
+    """Checks the columns of queries in `outer` and those of documents in `items`: the same schema, unless nested."""
+
+    def check(schema: pa.Schema, name: str | None, role: str, wanted: str, tests: Sequence[_TypeTest]) -> None:
+        if name is not None:
             kind = schema.field(name).type
-            raise InputError(f"{file}: column {name!r} ({role}) is {kind}, but must be {wanted}; cast it first")
+            if not any(test(kind) for test in tests):
+                raise InputError(f"{file}: column {name!r} ({role}) is {kind}, but must be {wanted}; cast it first")
 
-    def kind(name: str | None) -> pa.DataType:
-        return schema.field(name).type if name is not None else pa.null()
+    an_id = ("text or an integer", (is_text, pt.is_integer))
+    check(outer, columns.query_id, "query_id", *an_id)
+    check(outer, columns.query, "query", "text", (is_text,))
+    check(items, columns.doc_id, "doc_id", *an_id)
+    check(items, columns.text, "document text", "text", (is_text,))
+    check(items, columns.title, "title", "text", (is_text,))
+    check(items, columns.rank, "rank", "an integer of at most 64 signed bits", (_is_rank,))
+    check(items, columns.score, "score", "a number", (pt.is_floating, pt.is_integer))
 
-    outer = () if nested_struct else (("query", columns.query), ("query_id", columns.query_id))
-    for role, name in (
-        *outer,
-        ("document text", columns.text),
-        ("title", columns.title),
-        ("doc_id", columns.doc_id),
-    ):
-        is_id = role.endswith("_id")
-        allowed = is_text(kind(name)) or (is_id and pt.is_integer(kind(name)))
-        check(name, role, allowed, "text or an integer" if is_id else "text")
-    check(columns.rank, "rank", pt.is_integer(kind(columns.rank)), "an integer")
-    numeric = pt.is_floating(kind(columns.score)) or pt.is_integer(kind(columns.score))
-    check(columns.score, "score", numeric, "a number")
+
+def _is_rank(kind: pa.DataType) -> bool:
+    return bool(pt.is_integer(kind)) and kind != pa.uint64()
 
 
 def check_schema(schema: pa.Schema, file: str) -> None:
@@ -221,11 +223,23 @@ def check_schema(schema: pa.Schema, file: str) -> None:
     if twice:
         raise InputError(f"{file} has two columns named {sorted(twice)[0]!r}; rename one")
     for field in schema:
-        if isinstance(field.type, pa.BaseExtensionType) or b"ARROW:extension:name" in (field.metadata or {}):
+        extension = _extension(field)
+        if extension:
             raise InputError(
-                f"{file}: column {field.name!r} has the extension type {field.type}, which could run code when it is"
+                f"{file}: column {field.name!r} has the extension type {extension}, which could run code when it is"
                 " read; write the file again with plain columns"
             )
+
+
+def _extension(field: pa.Field) -> str:
+    """The first extension type in a field, however deep; empty where there is none."""
+    if isinstance(field.type, pa.BaseExtensionType):
+        return str(field.type.extension_name)
+    name = (field.metadata or {}).get(b"ARROW:extension:name")
+    if name is not None:
+        return str(name.decode(errors="replace"))
+    inner = (_extension(field.type.field(i)) for i in range(field.type.num_fields))
+    return next(filter(None, inner), "")
 
 
 def check_same(first: pa.Schema, other: pa.Schema, columns: Columns, first_file: str, other_file: str) -> None:
@@ -234,7 +248,7 @@ def check_same(first: pa.Schema, other: pa.Schema, columns: Columns, first_file:
         if name not in other.names:
             raise InputError(f"{other_file} has no column {name!r}, but {first_file} has: make the files alike")
         left, right = first.field(name).type, other.field(name).type
-        if left != right and not (is_text(left) and is_text(right)) and _shape(left) != _shape(right):
+        if _shape(left) != _shape(right):
             raise InputError(f"column {name!r} is {left} in {first_file} but {right} in {other_file}: make them alike")
 
 
@@ -255,14 +269,19 @@ class Finder:
     def __init__(self, schema: pa.Schema, names: Mapping[str, str], file: str) -> None:
         self.schema, self.names, self.file = schema, names, file
 
-    def optional(self, role: str) -> str | None:
-        if role in self.names and self.names[role] in self.schema.names:
-            return self.names[role]
-        return next((name for name in ALIASES[role] if name in self.schema.names), None)
+    def has(self, role: str) -> bool:
+        """Whether there is a column for `role`."""
+        return self.names.get(role) in self.schema.names or self._by_alias(role) is not None
 
-    def required(self, role: str) -> str:
+    def optional(self, role: str) -> str | None:
+        """The column for `role`, or None. Raises InputError where the configured name is absent."""
         if role in self.names:
             self.check_present(self.names[role], f"columns.{role}")
+            return self.names[role]
+        return self._by_alias(role)
+
+    def required(self, role: str) -> str:
+        """The column for `role`. Raises InputError where there is none."""
         found = self.optional(role)
         if found is None:
             raise InputError(
@@ -271,7 +290,11 @@ class Finder:
             )
         return found
 
+    def _by_alias(self, role: str) -> str | None:
+        return next((name for name in ALIASES[role] if name in self.schema.names), None)
+
     def check_present(self, name: str, setting: str) -> None:
+        """Raises InputError unless there is a column `name`, which `setting` asks for."""
         if name not in self.schema.names:
             raise InputError(
                 f"{self.file} has no column {name!r} (from {setting}); it has {', '.join(self.schema.names)}."

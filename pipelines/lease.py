@@ -75,14 +75,29 @@ def hold(
     """
     lease = _acquire(output, say)
     stopped = threading.Event()
-    beater = threading.Thread(target=_beat, args=(lease, progress, on_lost, stopped), daemon=True)
+
+    def beat() -> None:
+        while not stopped.wait(HEARTBEAT_SECONDS):
+            # Without the store the stages fail at their own deadline, and safety needs no beat.
+            with contextlib.suppress(OSError):
+                lease.write("running", progress())
+                other = lease.other_holder()
+                if other is not None:
+                    stopped.set()
+                    on_lost(f"the run on {other.host} (pid {other.pid}) took this output over; this one stops")
+
+    beater = threading.Thread(target=beat, name="lease-heartbeat", daemon=True)
     beater.start()
     try:
         yield lease.epoch
     finally:
+        is_mine = not stopped.is_set()
         stopped.set()
         beater.join(HEARTBEAT_SECONDS * 2)
-        lease.write("released", progress())
+        if is_mine:
+            # A lease that cannot be released runs out by itself, and another error may be on its way.
+            with contextlib.suppress(OSError):
+                lease.write("released", progress())
 
 
 class _Lease:
@@ -104,6 +119,11 @@ class _Lease:
     def write(self, state: str, progress: Mapping[str, Any]) -> None:
         self._beats += 1
         put(self.output / f"{LEASE_FOLDER}/heartbeat-{self.epoch:06d}.json", self.body(state, progress))
+
+    def other_holder(self) -> Holder | None:
+        """Whoever holds the lease instead of this one: of a newer epoch, or of this one in a store without locks."""
+        holder = last_holder(self.output)
+        return holder if holder is not None and holder.owner != self.owner else None
 
     def claim(self) -> bool:
         """Creates the epoch; False where another run was quicker."""
@@ -137,35 +157,22 @@ def _wait_until_dead(output: Location, holder: Holder) -> None:
         now = last_holder(output)
         if now is not None and _is_gone(now):
             return
-        if now is None or (now.epoch, now.beat) != (holder.epoch, holder.beat):
+        if now is None or (now.owner, now.beat) != (holder.owner, holder.beat):
+            active = now or holder
             raise RunConflictError(
-                f"another run is active on {output} (host {holder.host}, pid {holder.pid}); let it finish or stop it,"
+                f"another run is active on {output} (host {active.host}, pid {active.pid}); let it finish or stop it,"
                 " and see `crossenc status` for its progress"
             )
 
 
-def _beat(
-    lease: _Lease,
-    progress: Callable[[], Mapping[str, Any]],
-    on_lost: Callable[[str], None],
-    stopped: threading.Event,
-) -> None:
-    while not stopped.wait(HEARTBEAT_SECONDS):
-        try:
-            lease.write("running", progress())
-            holder = last_holder(lease.output)
-        except OSError:
-            continue  # the store is away: the stages report it with their own deadline, and safety needs no beat
-        if holder is not None and holder.epoch != lease.epoch:
-            on_lost(f"the run on {holder.host} (pid {holder.pid}) took this output over; this one stops")
-            return
-
-
 def _machine() -> str:
     """This host, boot and process namespace: where they are equal, a pid means the same process."""
-    with open("/proc/sys/kernel/random/boot_id") as file:
-        boot = file.read().strip()
-    return f"{socket.gethostname()}/{boot}/{os.readlink('/proc/self/ns/pid')}"
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            boot = file.read().strip()
+        return f"{socket.gethostname()}/{boot}/{os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # not Linux: _started knows no process there, and only heartbeats tell
+        return socket.gethostname()
 
 
 def _started(pid: int) -> int:

@@ -5,7 +5,7 @@ and digests. The journal is a convenience; what it lacks is measured again or le
 """
 
 import hashlib
-import json
+import logging
 import re
 import time
 from collections.abc import Collection, Iterable, Mapping
@@ -14,16 +14,20 @@ from dataclasses import dataclass, replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter, ValidationError
 
 from crossenc.errors import RunConflictError
 from pipelines.commit import Part, parse_footer
 from pipelines.plan import RUN_FOLDER
 from pipelines.records import ShardRecord, StageSeconds
-from pipelines.stages import RECORD
+from pipelines.schemas import means_damage
 from pipelines.storage import FileInfo, Location, list_files, open_input, put, read_bytes
+
+logger = logging.getLogger(__name__)
 
 JOURNAL_FOLDER = f"{RUN_FOLDER}/journal"
 _FLUSH_SECONDS = 15.0
+_RECORD = TypeAdapter(ShardRecord)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +69,15 @@ def read(output: Location, folder: str, part_ids: Collection[str], fingerprint: 
 
 
 def _read_part(file: FileInfo) -> Part | None:
+    """What the part says of itself; None where it is damaged, or gone since it was listed."""
     try:
         with open_input(file) as source:
             return parse_footer(pq.read_metadata(source))
-    except pa.ArrowInvalid:
+    except FileNotFoundError:
+        return None
+    except (pa.ArrowException, OSError) as error:
+        if not means_damage(error):
+            raise
         return None
 
 
@@ -82,7 +91,7 @@ class Journal:
         self._flushed_at = time.monotonic()
 
     def add(self, record: ShardRecord) -> None:
-        self._pending.append(RECORD.dump_json(record))
+        self._pending.append(_RECORD.dump_json(record))
         if time.monotonic() - self._flushed_at > _FLUSH_SECONDS:
             self.flush()
 
@@ -96,17 +105,20 @@ class Journal:
 
 
 def read_journal(output: Location) -> dict[str, ShardRecord]:
-    """Every journaled record by part id."""
+    """Every journaled record by part id, the newest where a part has several. Torn lines are left out."""
     files = [f for f in list_files(output / JOURNAL_FOLDER) if f.location.name.endswith(".jsonl")]
     with ThreadPoolExecutor(16) as pool:
         contents = list(pool.map(lambda file: read_bytes(file.location), files))
-    return {record.shard_id: record for content in contents for record in _parse(content)}
+    records = (record for file, content in zip(files, contents, strict=True) for record in _parse(file, content))
+    return {record.shard_id: record for record in records}
 
 
-def _parse(content: bytes) -> Iterable[ShardRecord]:
+def _parse(file: FileInfo, content: bytes) -> Iterable[ShardRecord]:
     for line in content.splitlines():
-        if line and json.loads(line).get("shard_id"):
-            yield RECORD.validate_json(line)
+        try:
+            yield _RECORD.validate_json(line)
+        except ValidationError:  # its part is measured again
+            logger.warning("%s has a line that is no record; its timings are lost", file.location)
 
 
 def recorded(output: Location, folder: str, ledger: Ledger) -> dict[str, ShardRecord]:
@@ -116,7 +128,8 @@ def recorded(output: Location, folder: str, ledger: Ledger) -> dict[str, ShardRe
     unknown = []
     for part_id, (file, part) in ledger.parts.items():
         record = journal.get(part_id)
-        if record is not None and record.path.startswith(folder) and record.num_bytes == file.num_bytes:
+        path = f"{folder}/{file.location.name}"
+        if record is not None and (record.path, record.num_bytes) == (path, file.num_bytes):
             records[part_id] = replace(record, counts=part.counts, side_paths=part.side_paths)
         else:
             unknown.append((part_id, file, part))

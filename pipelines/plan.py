@@ -141,10 +141,8 @@ def _cut(scan: FileScan, target: int, anywhere: bool) -> list[tuple[int, int, in
 
 
 def _next_cut(before: NDArray[np.int64], at_group: NDArray[np.bool_], at: int, target: int) -> int:
-    low, wanted, high = (
-        int(np.searchsorted(before, before[at] + size, side="right")) - 1
-        for size in (target // 2, target, target + target // 2)
-    )
+    sizes = np.array([target // 2, target, target + target // 2])
+    low, wanted, high = (before.searchsorted(before[at] + sizes, side="right") - 1).tolist()
     near = np.flatnonzero(at_group[max(low, at + 1) : high + 1]) + max(low, at + 1)
     if len(near):
         return int(near[np.argmin(np.abs(near - wanted))])

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from crossenc.errors import StorageError
+
 #: Why a candidate was refused -> the sentence that people read.
 REASONS: Mapping[str, str] = {
     "query_id_missing": "the query id is null",
@@ -107,6 +109,17 @@ QUARANTINE_SCHEMA = pa.schema(
         pa.field("item", pa.int32()),
     ]
 )
+
+
+def means_damage(error: pa.ArrowException | OSError) -> bool:
+    """Whether an error from reading Parquet is about its content, and not the store's or the disk's.
+
+    Arrow reports a footer or page that it cannot decode as a bare OSError; those of a store have a class of their
+    own, those of a disk a number.
+    """
+    if isinstance(error, StorageError | FileNotFoundError | PermissionError):
+        return False
+    return not isinstance(error, OSError) or error.errno is None
 
 
 def to_ipc(table: pa.Table) -> bytes:

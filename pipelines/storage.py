@@ -7,12 +7,14 @@ messages never show credentials. It knows nothing of Parquet, shards or runs.
 
 import errno
 import io
+import ipaddress
 import os
 import random
 import re
+import socket
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from glob import has_magic
@@ -35,6 +37,7 @@ _SINGLE_PUT_BYTES = 2_500 * 2**20
 _ALIASES = {"s3a": "s3", "gcs": "gs", "az": "abfs", "abfss": "abfs", "local": "file"}
 SCHEMES = ("file", "s3", "gs", "abfs", "memory")
 _PERMANENT_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
+_PERMANENT_STATUSES = (405, 411, 501)
 _CLIENT_MODULES = (
     "aiohttp",
     "botocore",
@@ -57,6 +60,7 @@ _PERMANENT_CLIENT_ERRORS = (
 _SECRET_NAMES = re.compile(r"secret|token|password|key$|credential|sas", re.IGNORECASE)
 _SECRET_PATTERNS = (
     (re.compile(r"(?<=://)[^/@\s]+@"), "***@"),
+    (re.compile(r"(?<=://)[^/@\s:]+:[^@\s]+@"), "***@"),  # a secret key may hold slashes
     (re.compile(r"\b(AKIA|ASIA)[0-9A-Z]{16}\b"), "***"),
     (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), "***"),
     (re.compile(r"(?i)(x-amz-[a-z-]+|token|signature|sig)=[^&\s'\"]+"), r"\1=***"),
@@ -126,9 +130,11 @@ def locate(uri: str, options: Mapping[str, Any] | None = None) -> Location:
     if scheme not in SCHEMES:
         known = ", ".join(f"{name}://" for name in SCHEMES)
         raise InputError(f"{shown!r} has a scheme that is not allowed here; use a local path or one of {known}")
-    if "@" in rest.partition("/")[0]:
+    bucket = rest.partition("/")[0]
+    if "@" in bucket or ":" in bucket:
         raise InputError(
-            f"{shown!r} holds credentials; take them out and give them by the environment or storage_options"
+            f"the {scheme}:// address holds credentials or a port; write scheme://bucket/key, and give credentials by"
+            " the environment or storage_options"
         )
     parts = rest.split("/")
     if ".." in parts or "%2e%2e" in rest.lower():
@@ -144,23 +150,44 @@ def locate(uri: str, options: Mapping[str, Any] | None = None) -> Location:
 
 
 def _check_endpoint(options: Mapping[str, Any]) -> None:
+    """Refuses the addresses at which clouds hand out a machine's own credentials."""
     client = options.get("client_kwargs") or {}
-    url = options.get("endpoint_url") or client.get("endpoint_url") or os.environ.get("AWS_ENDPOINT_URL") or ""
-    host = urlsplit(str(url)).hostname or ""
-    if host.startswith("169.254.") or host.startswith("fd00:ec2"):
-        raise InputError(f"the storage endpoint {host} is a link-local address; give the address of a real store")
+    urls = [options.get("endpoint_url"), client.get("endpoint_url")]
+    urls += [os.environ.get(name) for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")]
+    for url in urls:
+        host = urlsplit(str(url or "")).hostname or ""
+        if _is_link_local(host):
+            raise InputError(f"the storage endpoint {host} is a link-local address; give the address of a real store")
+
+
+def _is_link_local(host: str) -> bool:
+    try:
+        if ":" not in host:
+            host = socket.inet_ntoa(socket.inet_aton(host))  # also reads 2852039166 and 0xa9fea9fe
+        address = ipaddress.ip_address(host)
+    except (OSError, ValueError):
+        return False  # a name
+    mapped = getattr(address, "ipv4_mapped", None) or address
+    return bool(mapped.is_link_local) or address in ipaddress.ip_network("fd00:ec2::/32")
 
 
 def redact(text: str, options: Mapping[str, Any] | None = None) -> str:
     """`text` without anything that looks like a credential, and without the values of secret options."""
     secrets = [os.environ.get(name, "") for name in _SECRET_ENV]
-    secrets += [str(value) for name, value in (options or {}).items() if _SECRET_NAMES.search(name)]
-    for secret in secrets:
+    for secret in [*secrets, *_secret_values(options or {})]:
         if len(secret) >= 6:
             text = text.replace(secret, "***")
     for pattern, replacement in _SECRET_PATTERNS:
         text = pattern.sub(replacement, text)
     return text
+
+
+def _secret_values(options: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            yield from _secret_values(value)
+        elif _SECRET_NAMES.search(name):
+            yield str(value)
 
 
 def redact_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,9 +211,7 @@ def _is_transient(error: Exception) -> bool:
     if isinstance(error, IsADirectoryError | NotADirectoryError | NotImplementedError):
         return False
     if isinstance(error, OSError):
-        return error.errno not in _PERMANENT_ERRNOS and _http_status(error) != 501
-    if isinstance(error, TimeoutError):
-        return True
+        return error.errno not in _PERMANENT_ERRNOS and _http_status(error) not in _PERMANENT_STATUSES
     module = type(error).__module__.partition(".")[0]
     return module in _CLIENT_MODULES and type(error).__name__ not in _PERMANENT_CLIENT_ERRORS
 
@@ -228,9 +253,14 @@ def _storage_error(error: Exception, location: Location, doing: str) -> StorageE
         hint = "no space is left there: free some and run the same command again, it continues"
     elif isinstance(error, PermissionError):
         hint = "check the credentials and the rights on this place, then run the same command again"
+    elif isinstance(error, FileNotFoundError):
+        hint = "check that the bucket or the folder exists, then run the same command again"
+    elif _http_status(error) == 411:
+        hint = "set AWS_REQUEST_CHECKSUM_CALCULATION=when_required for this store and run the same command again"
     else:
         hint = "run the same command again when the store answers, it continues"
-    return StorageError(code, f"could not {doing} {location}: {message}; {hint}")
+    text = f"could not {doing} {location}: {message}; {hint}"
+    return StorageError(text) if code is None else StorageError(code, text)
 
 
 def read_bytes(location: Location) -> bytes:
@@ -260,7 +290,7 @@ def info(location: Location) -> FileInfo | None:
 
 
 def _file_info(location: Location, detail: Mapping[str, Any]) -> FileInfo | None:
-    if detail["type"] != "file":
+    if detail["type"] != "file" or detail["name"].endswith("/"):  # object stores mark folders by such names
         return None
     version = next((detail[k] for k in ("ETag", "etag", "md5Hash", "generation") if detail.get(k)), None)
     if version is None:
@@ -269,54 +299,70 @@ def _file_info(location: Location, detail: Mapping[str, Any]) -> FileInfo | None
 
 
 def list_files(folder: Location) -> list[FileInfo]:
-    """Every file below `folder`, sorted by name; empty where the folder does not exist."""
+    """Every file below `folder`, sorted by name; empty where the folder does not exist.
 
-    def find(fs: AbstractFileSystem) -> list[FileInfo]:
-        found = fs.find(folder.path, detail=True)
-        infos = []
-        for path, detail in sorted(found.items()):
-            relative = path.lstrip("/").removeprefix(folder.path.strip("/")).strip("/")
-            if relative:
-                infos.append(_file_info(folder / relative, detail))
-        return [entry for entry in infos if entry is not None]
+    Links to files count as the files; links to folders are not followed.
+    """
+    root = folder.path.strip("/") + "/"
 
     try:
-        return _retrying(find, folder, "list")
+        found = _retrying(lambda fs: fs.find(folder.path, detail=True), folder, "list")
     except FileNotFoundError:
         return []
+    infos = [
+        _listed(folder / path.lstrip("/").removeprefix(root), detail)
+        for path, detail in sorted(found.items())
+        if path.lstrip("/").startswith(root)
+    ]
+    return [entry for entry in infos if entry is not None]
+
+
+def _listed(location: Location, detail: Mapping[str, Any]) -> FileInfo | None:
+    """What a listing says of a file, or, where it is a link, what the file itself says."""
+    if not detail.get("islink"):
+        return _file_info(location, detail)
+    if not os.path.exists(location.path):
+        raise InputError(f"{location} is a link to a file that does not exist; restore the file or remove the link")
+    return info(location)
 
 
 def expand(location: Location, suffix: str) -> list[FileInfo]:
     """The data files that `location` names: itself, the files of a folder, or the matches of a glob.
 
-    In folders only names ending in `suffix` count, and names starting with "_" or "." are metadata of other
-    tools. Raises InputError when nothing is there.
+    A file that is named whole, or matched whole by a glob, is taken whatever its suffix. In folders only names ending
+    in `suffix` count. Names starting with "_" or "." are metadata of other tools, in folders and for globs.
+    Raises InputError when nothing is there.
     """
-    if has_magic(location.path):
-        matches = _retrying(lambda fs: fs.glob(location.path), location, "list")
-        prefix = "/" if location.scheme == "file" else ""
-        places = [
-            Location(f"{location.scheme}://{prefix}{str(path).lstrip('/')}", location.options)
-            for path in sorted(matches)
-        ]
-        found = [entry for place in places for entry in _expand_one(place, suffix)]
-    else:
-        found = _expand_one(location, suffix)
+    single = info(location)
+    if single is not None:
+        return [single]
+    found = _matches(location, suffix) if has_magic(location.path) else _files_in(location, suffix)
     if not found:
         raise InputError(f"there is no {suffix} file at {location}: check the path, or the prefix and the bucket")
     return found
 
 
-def _expand_one(location: Location, suffix: str) -> list[FileInfo]:
-    single = info(location)
-    if single is not None and not location.uri.endswith("/"):
-        return [single]
-    root = len(location.path.rstrip("/")) + 1
+def _matches(pattern: Location, suffix: str) -> list[FileInfo]:
+    details = _retrying(lambda fs: fs.glob(pattern.path, detail=True), pattern, "list")
+    found: dict[str, FileInfo] = {}  # a glob with ** matches a folder and again what is in it
+    for path, detail in sorted(details.items()):
+        root = "/" if pattern.scheme == "file" else ""
+        place = Location(f"{pattern.scheme}://{root}{path.lstrip('/')}", pattern.options)
+        if place.name[:1] in ("_", "."):
+            continue
+        entry = _listed(place, detail)
+        for file in [entry] if entry is not None else _files_in(place, suffix):
+            found.setdefault(file.location.uri, file)
+    return list(found.values())
+
+
+def _files_in(folder: Location, suffix: str) -> list[FileInfo]:
+    root = len(folder.path.rstrip("/")) + 1
     return [
         entry
-        for entry in list_files(location)
+        for entry in list_files(folder)
         if entry.location.name.endswith(suffix)
-        and not any(part[:1] in "_." for part in entry.location.path[root:].split("/"))
+        and not any(part[:1] in ("_", ".") for part in entry.location.path[root:].split("/"))
     ]
 
 
@@ -374,16 +420,15 @@ def put(location: Location, data: bytes) -> None:
     """Stores `data` whole, replacing what is there; readers see the old content or the new, never a part."""
     if location.scheme == "file":
         _local(location, lambda path: _write_aside(path, data, os.replace))
-    else:
-        _retrying(
-            lambda fs: (
-                fs.pipe_file(location.path, data, chunksize=_SINGLE_PUT_BYTES)
-                if location.scheme == "s3"
-                else fs.pipe_file(location.path, data)
-            ),
-            location,
-            "write",
-        )
+        return
+    try:
+        _retrying(lambda fs: fs.pipe_file(location.path, data, **_put_options(location)), location, "write")
+    except FileNotFoundError as error:  # no such bucket
+        raise _storage_error(error, location, "write") from None
+
+
+def _put_options(location: Location) -> dict[str, Any]:
+    return {"chunksize": _SINGLE_PUT_BYTES} if location.scheme == "s3" else {}
 
 
 def put_new(location: Location, data: bytes) -> bytes:
@@ -402,17 +447,17 @@ def put_new(location: Location, data: bytes) -> bytes:
         try:
             return read_bytes(location)
         except FileNotFoundError:
-            if failure is None or not _is_transient(failure) or time.monotonic() + pause > deadline:
-                raise _storage_error(failure or FileNotFoundError("written, then gone"), location, "write") from None
+            failure = failure or ConnectionError("the store has it, but does not give it back")
+            if not _is_transient(failure) or time.monotonic() + pause > deadline:
+                raise _storage_error(failure, location, "write") from None
         time.sleep(random.uniform(pause / 2, pause))
         pause = min(pause * 2, 5.0)
 
 
 def _try_create(location: Location, data: bytes) -> Exception | None:
     fs = _filesystem(location)
-    options = {"chunksize": _SINGLE_PUT_BYTES} if location.scheme == "s3" else {}
     try:
-        fs.pipe_file(location.path, data, mode="create", **options)
+        fs.pipe_file(location.path, data, mode="create", **_put_options(location))
     except FileExistsError:
         return None
     except Exception as error:

@@ -1,20 +1,21 @@
 """Texts by id on each node: the tables `queries` and `corpus` copied once per node, memory-mapped, looked up by id.
 
-A store is a folder with the texts as an Arrow IPC file and a sorted array of id hashes. Building one streams the
-source, so a table larger than memory works; looking up touches only the pages that are needed. It knows nothing of
-shards or models.
+A store is a folder: the ids and texts laid end to end in one file, and beside it where each one is, in the order of
+the ids' hashes. Building one streams the source, so a table larger than memory works; looking up touches only the
+pages that are needed. It knows nothing of shards or models.
 """
 
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -25,11 +26,18 @@ from numpy.typing import NDArray
 
 from crossenc.errors import InputError
 from pipelines import layout as layouts
-from pipelines.inputs import hash_ids, read_footer
+from pipelines.inputs import hash_ids, naming_damage, read_batches, read_footer
 from pipelines.storage import FileInfo, expand, locate, open_input
 
+#: Part of a store's name: a store of another format is another store.
+_FORMAT = 1
+#: An id of more bytes is no id; without a limit a small file could hold gigabytes of them.
+MAX_ID_BYTES = 2**16
 _BATCH_ROWS = 4096
-_SCHEMA = pa.schema([("id", pa.large_binary()), ("text", pa.large_binary())])
+_NULL = -1
+
+#: A text as UTF-8 bytes; its number of bytes where they are too many to hold; or None for null.
+Text = bytes | int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +53,7 @@ class TextTable:
     @property
     def digest(self) -> str:
         """Identifies the content: names, sizes and versions of the files, and the columns."""
-        state: list[Any] = [[str(f.location), f.num_bytes, f.version] for f in self.files]
+        state: list[Any] = [_FORMAT, *([str(f.location), f.num_bytes, f.version] for f in self.files)]
         state += [self.id_column, self.text_column, self.title_column]
         return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:24]
 
@@ -53,22 +61,35 @@ class TextTable:
 def find_table(
     kind: str, uri: str, id_role: str, names: Mapping[str, str], storage_options: Mapping[str, Any]
 ) -> TextTable:
-    """The table at `uri`, with its columns found by their usual names. Raises InputError naming what is missing."""
+    """The table at `uri`, with its columns found by their usual names. Raises InputError naming what is missing.
+
+    `names` are those of the job, which name columns of the candidates too: an id role that fits no column here is
+    taken to be about those.
+    """
     files = tuple(expand(locate(uri, storage_options), ".parquet"))
-    schemas = [read_footer(file).schema.to_arrow_schema() for file in files]
-    text_role = "text" if kind == "document" else "query"
-    found = []
-    for file, schema in zip(files, schemas, strict=True):
-        layouts.check_schema(schema, str(file.location))
-        finder = layouts.Finder(schema, {k: v for k, v in names.items() if v in schema.names}, str(file.location))
-        text = finder.optional(text_role) or finder.required("text")
-        found.append((finder.required(id_role), text, finder.optional("title") if kind == "document" else None))
-    if len(set(found)) > 1:
-        raise InputError(f"the files of {uri} have different columns ({found[0]} and {found[1]}): make them alike")
-    for name in found[0][:2]:
-        if not layouts.is_text(schemas[0].field(name).type) and not pa.types.is_integer(schemas[0].field(name).type):
-            raise InputError(f"{files[0].location}: column {name!r} is {schemas[0].field(name).type}, not text")
+    found = [_find_columns(kind, file, id_role, names) for file in files]
+    for file, columns in zip(files, found, strict=True):
+        if columns != found[0]:
+            raise InputError(f"{files[0].location} and {file.location} have different columns: make them alike")
     return TextTable(kind, files, *found[0])
+
+
+def _find_columns(kind: str, file: FileInfo, id_role: str, names: Mapping[str, str]) -> tuple[str, str, str | None]:
+    schema = read_footer(file).schema.to_arrow_schema()
+    layouts.check_schema(schema, str(file.location))
+    own_roles = ("query",) if kind == "query" else ("text", "title")
+    names = {role: name for role, name in names.items() if role in own_roles or name in schema.names}
+    finder = layouts.Finder(schema, names, str(file.location))
+    id_column = finder.required(id_role)
+    if kind == "query":
+        text, title = finder.optional("query") or finder.required("text"), None
+    else:
+        text, title = finder.required("text"), finder.optional("title")
+    for name, is_id in ((id_column, True), (text, False), (title, False)):
+        column_type = schema.field(name).type if name else pa.string()
+        if not layouts.is_text(column_type) and not (is_id and pa.types.is_integer(column_type)):
+            raise InputError(f"{file.location}: column {name!r} is {column_type}, but must be text; cast it first")
+    return id_column, text, title
 
 
 def default_cache() -> Path:
@@ -81,98 +102,141 @@ class TextStore:
 
     def __init__(self, folder: Path) -> None:
         self._hashes: NDArray[np.uint64] = np.load(folder / "hashes.npy", mmap_mode="r")
-        self._rows: NDArray[np.int64] = np.load(folder / "rows.npy", mmap_mode="r")
-        self._reader = pa.ipc.open_file(pa.memory_map(str(folder / "texts.arrow")))
+        self._places: NDArray[np.int64] = np.load(folder / "places.npy", mmap_mode="r")
+        with (folder / "texts").open("rb") as file:  # never empty, because an empty file cannot be mapped
+            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def __len__(self) -> int:
         return len(self._hashes)
 
-    def lookup(self, ids: Sequence[str]) -> tuple[list[bytes | None], list[str | None]]:
-        """For each id its text as UTF-8 bytes, or None and why: "unknown", "null" or "ambiguous" (two texts)."""
+    def lookup(self, ids: Sequence[str]) -> list[tuple[Text, str | None]]:
+        """For each id its text, or None and why there is none: "unknown" or "ambiguous" (two texts)."""
         hashes = hash_ids(pa.array(ids, pa.large_string()))
-        first = np.searchsorted(self._hashes, hashes, side="left")
-        last = np.searchsorted(self._hashes, hashes, side="right")
-        spans = [range(a, b) for a, b in zip(first.tolist(), last.tolist(), strict=True)]
-        rows = np.unique(self._rows[[at for span in spans for at in span]]) if spans else np.empty(0, np.int64)
-        stored = self._take(rows)
-        texts: list[bytes | None] = []
-        problems: list[str | None] = []
-        for id_, span in zip(ids, spans, strict=True):
-            key = id_.encode()
-            found = {stored[row][1] for row in self._rows[span.start : span.stop].tolist() if stored[row][0] == key}
-            text = next(iter(found)) if len(found) == 1 else None
-            texts.append(text)
-            problems.append(
-                "unknown" if not found else "ambiguous" if len(found) > 1 else "null" if text is None else None
-            )
-        return texts, problems
+        first = np.searchsorted(self._hashes, hashes, side="left").tolist()
+        last = np.searchsorted(self._hashes, hashes, side="right").tolist()
+        return [self._find(id_.encode(), *span) for id_, *span in zip(ids, first, last, strict=True)]
 
-    def _take(self, rows: NDArray[np.int64]) -> dict[int, tuple[bytes, bytes | None]]:
-        taken: dict[int, tuple[bytes, bytes | None]] = {}
-        batches = rows // _BATCH_ROWS
-        for batch_index in np.unique(batches).tolist():
-            chosen = rows[batches == batch_index]
-            batch = self._reader.get_batch(batch_index).take(pa.array(chosen - batch_index * _BATCH_ROWS))
-            ids, texts = batch.column(0).to_pylist(), batch.column(1).to_pylist()
-            taken.update(zip(chosen.tolist(), zip(ids, texts, strict=True), strict=True))
-        return taken
+    def _find(self, key: bytes, first: int, last: int) -> tuple[Text, str | None]:
+        found: set[Text] = set()
+        for start, num_id_bytes, num_text_bytes in self._places[first:last].tolist():
+            text_start = start + num_id_bytes
+            if self._data[start:text_start] == key:
+                if num_text_bytes >= 0:
+                    found.add(self._data[text_start : text_start + num_text_bytes])
+                else:
+                    found.add(None if num_text_bytes == _NULL else -num_text_bytes)
+        if len(found) == 1:
+            return found.pop(), None
+        return None, "ambiguous" if found else "unknown"
 
 
 @lru_cache(maxsize=4)
-def open_store(table: TextTable, cache: Path) -> TextStore:
-    """The store of `table` on this node, built first where it is absent; other processes wait for the builder."""
-    folder = cache / "texts" / table.digest
+def open_store(table: TextTable, cache: Path, max_text_bytes: int) -> TextStore:
+    """The store of `table` on this node, built first where it is absent; other processes wait for the builder.
+
+    Of a text of more than `max_text_bytes` only the length is stored.
+    """
+    folder = cache / "texts" / f"{table.digest}-{max_text_bytes}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
+            for remains in folder.parent.glob(f"{folder.name}.*.tmp"):  # of a builder that was killed
+                shutil.rmtree(remains)
             building = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
-            try:
-                _build(table, building)
-                os.replace(building, folder)
-            finally:
-                shutil.rmtree(building, ignore_errors=True)
+            _build(table, building, max_text_bytes)
+            os.replace(building, folder)
     return TextStore(folder)
 
 
-def _build(table: TextTable, folder: Path) -> None:
+def _build(table: TextTable, folder: Path, max_text_bytes: int) -> None:
     folder.mkdir()
-    hashes: list[NDArray[np.uint64]] = [np.empty(0, np.uint64)]
-    pending: list[pa.RecordBatch] = []
-    with pa.OSFile(str(folder / "texts.arrow"), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
-        # Batches are re-cut to exactly _BATCH_ROWS rows, so that a row's batch is a division.
-        for file in table.files:
-            for batch in _read(table, file):
-                hashes.append(hash_ids(batch.column(0)))
-                pending.append(batch)
-                if sum(b.num_rows for b in pending) >= _BATCH_ROWS:
-                    pending = _flush(writer, pending)
-        if any(b.num_rows for b in pending):
-            writer.write_batch(pa.concat_batches(pending))
+    hashes = [np.empty(0, np.uint64)]
+    places = [np.empty((0, 3), np.int64)]
+    with (folder / "texts").open("wb") as out:
+        out.write(b"\n")
+        for batch in _read(table):
+            ids = id_bytes(batch.column(table.id_column))
+            titles = batch.column(table.title_column) if table.title_column else None
+            distinct, rows = distinct_texts(batch.column(table.text_column), titles, max_text_bytes)
+            hashes.append(hash_ids(batch.column(table.id_column)))
+            places.append(_append(out, [id_ or b"" for id_ in ids], [distinct[row] for row in rows]))
+        _make_durable(out)
     joined = np.concatenate(hashes)
     order = np.argsort(joined, kind="stable")
-    np.save(folder / "hashes.npy", joined[order])
-    np.save(folder / "rows.npy", order.astype(np.int64))
+    for name, array in (("hashes.npy", joined[order]), ("places.npy", np.concatenate(places)[order])):
+        with (folder / name).open("wb") as out:
+            np.save(out, array)
+            _make_durable(out)
 
 
-def _flush(writer: pa.ipc.RecordBatchFileWriter, pending: list[pa.RecordBatch]) -> list[pa.RecordBatch]:
-    joined = pa.concat_batches(pending)
-    whole = joined.num_rows - joined.num_rows % _BATCH_ROWS
-    for start in range(0, whole, _BATCH_ROWS):
-        writer.write_batch(joined.slice(start, _BATCH_ROWS))
-    return [joined.slice(whole)]
-
-
-def _read(table: TextTable, file: FileInfo) -> list[pa.RecordBatch] | Any:
+def _read(table: TextTable) -> Iterator[pa.RecordBatch]:
     columns = [table.id_column, table.text_column, *([table.title_column] if table.title_column else [])]
-    try:
-        with open_input(file) as source:
-            for batch in pq.ParquetFile(source).iter_batches(batch_size=_BATCH_ROWS, columns=columns):
-                text = as_binary(batch.column(table.text_column))
-                if table.title_column:
-                    text = join_title(as_binary(batch.column(table.title_column)), text)
-                yield pa.record_batch([as_binary(batch.column(table.id_column)), text], schema=_SCHEMA)
-    except pa.ArrowException as error:
-        raise InputError(f"{file.location} cannot be read ({error}); restore the {table.kind} table") from None
+    for file in table.files:
+        with naming_damage(f"{file.location}, the {table.kind} table, cannot be read"), open_input(file) as source:
+            yield from read_batches(source, pq.read_metadata(source), columns, columns, max_rows=_BATCH_ROWS)
+
+
+def _append(out: BinaryIO, ids: Sequence[bytes], texts: Sequence[Text]) -> NDArray[np.int64]:
+    """Writes rows to `out`; returns start, bytes of the id and bytes of the text (or what is wrong), int64 [n, 3]."""
+    stored = [text if isinstance(text, bytes) else b"" for text in texts]
+    sizes = [_NULL if text is None else -text if isinstance(text, int) else len(text) for text in texts]
+    lengths = [len(id_) + len(text) for id_, text in zip(ids, stored, strict=True)]
+    starts = out.tell() + np.cumsum([0, *lengths])[:-1]
+    out.write(b"".join(part for row in zip(ids, stored, strict=True) for part in row))
+    return np.stack([starts, np.array([len(id_) for id_ in ids], np.int64), np.array(sizes, np.int64)], axis=1)
+
+
+def _make_durable(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def distinct_texts(texts: pa.Array, titles: pa.Array | None, max_text_bytes: int) -> tuple[list[Text], list[int]]:
+    """The distinct texts of a column, and for each row which of them is its own.
+
+    With a title a text is `title text`; null stays null. A value of more than `max_text_bytes` never becomes a
+    Python object: a small file can hold gigabytes of them.
+    """
+    values, rows = _distinct(texts, max_text_bytes)
+    if titles is None:
+        return values, rows.tolist()
+    title_values, title_rows = _distinct(titles, max_text_bytes)
+    pairs, rows = np.unique(title_rows * len(values) + rows, return_inverse=True)
+    joined = [
+        _join(title_values[title], values[text], max_text_bytes)
+        for title, text in (divmod(pair, len(values)) for pair in pairs.tolist())
+    ]
+    return joined, rows.tolist()
+
+
+def _distinct(column: pa.Array, max_bytes: int) -> tuple[list[Text], NDArray[np.int64]]:
+    encoded = column if pa.types.is_dictionary(column.type) else pc.dictionary_encode(as_binary(column))
+    values = encoded.dictionary.cast(pa.large_binary())
+    lengths = pc.binary_length(values)
+    short = pc.if_else(pc.greater(lengths, max_bytes), pa.scalar(None, values.type), values).to_pylist()
+    distinct = [length if value is None else value for value, length in zip(short, lengths.to_pylist(), strict=True)]
+    rows = encoded.indices.cast(pa.int64()).fill_null(len(distinct)).to_numpy(zero_copy_only=False)
+    return [*distinct, None], rows
+
+
+def _join(title: Text, text: Text, max_bytes: int) -> Text:
+    if text is None or not title:
+        return text
+    num_bytes = sum(part if isinstance(part, int) else len(part) for part in (title, b" ", text))
+    if isinstance(title, bytes) and isinstance(text, bytes) and num_bytes <= max_bytes:
+        return title + b" " + text
+    return num_bytes
+
+
+def id_bytes(column: pa.Array) -> list[bytes | None]:
+    """Each row's id as bytes, an integer as its digits. Raises InputError for one of more than MAX_ID_BYTES."""
+    distinct, rows = _distinct(as_binary(column) if pa.types.is_integer(column.type) else column, MAX_ID_BYTES)
+    ids: list[bytes | None] = []
+    for value in distinct:
+        if isinstance(value, int):
+            raise InputError(f"an id has {value:,} bytes, but may have at most {MAX_ID_BYTES:,}; give shorter ids")
+        ids.append(value)
+    return [ids[row] for row in rows.tolist()]
 
 
 def as_binary(column: pa.Array) -> pa.Array:
@@ -181,13 +245,4 @@ def as_binary(column: pa.Array) -> pa.Array:
         column = column.dictionary_decode()
     if pa.types.is_integer(column.type):
         column = column.cast(pa.string())
-    if pa.types.is_string_view(column.type):
-        column = column.cast(pa.string())
     return column.cast(pa.large_binary())
-
-
-def join_title(titles: pa.Array, texts: pa.Array) -> pa.Array:
-    """`title text` where there is a title, the text alone where it is null or empty."""
-    joined = pc.binary_join_element_wise(titles, texts, pa.scalar(b" ", pa.large_binary()))
-    has_title = pc.greater(pc.fill_null(pc.binary_length(titles), 0), 0)
-    return pc.if_else(has_title, joined, texts)

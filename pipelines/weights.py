@@ -9,15 +9,14 @@ from dataclasses import asdict
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from crossenc.interpolation import fit_weight
-from pipelines.commit import SCORED_FOLDER
 from pipelines.config import RerankConfig
 from pipelines.evaluate import read_qrels
+from pipelines.merge import read_queries
 from pipelines.plan import RUN_FOLDER, Plan
 from pipelines.rank import first_stage_ranks, group_by_query, refuse_duplicates, stage_columns
-from pipelines.storage import Location, list_files, open_input, put_new, read_bytes
+from pipelines.storage import Location, put_new, read_bytes
 
 _FITTED_FILE = f"{RUN_FOLDER}/interpolation.json"
 
@@ -36,7 +35,7 @@ def decide(config: RerankConfig, plan: Plan, output: Location) -> tuple[float | 
     try:
         body = read_bytes(output / _FITTED_FILE)
     except FileNotFoundError:
-        body = put_new(output / _FITTED_FILE, _fit(config, config.interpolate.fit, output))
+        body = put_new(output / _FITTED_FILE, _fit(config, config.interpolate.fit, plan, output))
     fitted = json.loads(body)
     return fitted["weight"], (
         f"weight {fitted['weight']:g} of the model's score, the best {fitted['measure']} ({fitted['value']:.4f}) on"
@@ -44,9 +43,9 @@ def decide(config: RerankConfig, plan: Plan, output: Location) -> tuple[float | 
     )
 
 
-def _fit(config: RerankConfig, qrels_uri: str, output: Location) -> bytes:
+def _fit(config: RerankConfig, qrels_uri: str, plan: Plan, output: Location) -> bytes:
     qrels = read_qrels(qrels_uri, config.storage_options)
-    rows = _judged_rows(output, pa.array(list(qrels), pa.large_string()))
+    rows = read_queries(output, plan.fingerprint, list(qrels))
     groups = group_by_query(rows)
     stage = first_stage_ranks(groups, *stage_columns(rows))
     rows = refuse_duplicates(rows, groups, stage)
@@ -62,14 +61,3 @@ def _fit(config: RerankConfig, qrels_uri: str, output: Location) -> bytes:
         {query_id: qrels[query_id] for query_id in dict.fromkeys(query_ids)},
     )
     return json.dumps(asdict(fitted), indent=1).encode()
-
-
-def _judged_rows(output: Location, query_ids: pa.Array) -> pa.Table:
-    """The scored rows of these queries, in input order."""
-    tables = []
-    for part in list_files(output / SCORED_FOLDER):
-        with open_input(part) as source:
-            table = pq.read_table(source, page_checksum_verification=True).replace_schema_metadata(None)
-        tables.append(table.filter(pc.is_in(table.column("query_id"), query_ids)))
-    keys = [("file", "ascending"), ("row", "ascending"), ("item", "ascending")]
-    return pa.concat_tables(tables).combine_chunks().sort_by(keys)

@@ -86,7 +86,7 @@ def build_collection(
     `modules` are top-level modules of the standard library (None: all); `split_of` maps a module family to
     "train", "dev" or "test" (None: `split_of_family`). Raises InputError when a split ends up empty.
     """
-    library = list(standard_library_docstrings(modules))
+    library = _first_of_each_name(standard_library_docstrings(modules))
     found = _by_split(library, split_of or split_of_family)
     test = found["test"]
     dev = _without_copies(found["dev"], of=test)
@@ -208,6 +208,11 @@ def _digest_order(pairs: Iterable[Docstring]) -> list[Docstring]:
 
 def _sample(pairs: Iterable[Docstring], limit: int) -> list[Docstring]:
     return _digest_order(pairs)[:limit]
+
+
+def _first_of_each_name(pairs: Iterable[Docstring]) -> list[Docstring]:
+    """Names are ids: of a definition's variants for several platforms one is kept."""
+    return list({d.name: d for d in reversed(list(pairs))}.values())[::-1]
 
 
 def _merge(pairs: Iterable[Docstring]) -> list[Docstring]:

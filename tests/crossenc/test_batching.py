@@ -7,9 +7,7 @@ from hypothesis import strategies as st
 
 from crossenc.batching import padded_tokens, token_budget_batches
 
-lengths_strategy = st.lists(st.integers(0, 60), max_size=80).map(
-    lambda values: np.array(values, dtype=np.int64)
-)
+lengths_strategy = st.lists(st.integers(0, 60), max_size=80).map(lambda values: np.array(values, dtype=np.int64))
 
 
 def as_lists(batches: list[np.ndarray]) -> list[list[int]]:

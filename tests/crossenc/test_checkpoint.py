@@ -69,12 +69,12 @@ def names(folder: Path) -> set[str]:
 # fetch
 
 
-def test_a_local_folder_is_used_where_it_is(
-    original: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_local_folder_is_used_where_it_is(original: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fetch(original, cache_dir=cache) == original
     monkeypatch.chdir(original.parent)
     assert fetch("bert", cache_dir=cache) == original.absolute()
+    monkeypatch.setenv("HOME", str(original.parent))
+    assert fetch("~/bert", cache_dir=cache) == original
     assert not cache.exists()
 
 
@@ -138,9 +138,7 @@ def test_concurrent_callers_copy_once_and_get_the_same_folder(
     assert len(copied) == len(FILES)
 
 
-def test_a_copy_that_was_killed_is_started_again(
-    memory_uri: str, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_copy_that_was_killed_is_started_again(memory_uri: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         get_file = MemoryFileSystem.get_file
 
@@ -247,9 +245,7 @@ def test_a_hub_id_asks_the_hub_for_safetensors_and_settings_only(
 
 
 def test_an_unreachable_hub_is_a_storage_error_that_doubts_the_spelling(cache: Path) -> None:
-    with pytest.raises(
-        StorageError, match="no folder here, and the hub could not be reached: check the spelling"
-    ):
+    with pytest.raises(StorageError, match="no folder here, and the hub could not be reached: check the spelling"):
         fetch("models/mispelt", cache_dir=cache)
 
 
@@ -287,9 +283,7 @@ def test_pickled_weights_alone_are_refused_with_the_remedy(checkpoint: Path) -> 
     ],
 )
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
-def test_a_file_that_is_something_else_is_named(
-    checkpoint: Path, name: str, content: bytes, what: str
-) -> None:
+def test_a_file_that_is_something_else_is_named(checkpoint: Path, name: str, content: bytes, what: str) -> None:
     (checkpoint / name).write_bytes(content)
     expected = what if name.endswith(".safetensors") or "whole" not in what else "not JSON"
     with pytest.raises(CheckpointError, match=f"{name} is not .*{expected}|{name} is {expected}"):
@@ -305,9 +299,7 @@ def test_truncated_weights_are_refused(checkpoint: Path, num_bytes_lost: int) ->
 
 
 def test_a_missing_part_of_sharded_weights_is_named(checkpoint: Path) -> None:
-    edit_json(
-        checkpoint / "model.safetensors.index.json", weight_map={"w": "model-00002-of-00002.safetensors"}
-    )
+    edit_json(checkpoint / "model.safetensors.index.json", weight_map={"w": "model-00002-of-00002.safetensors"})
     with pytest.raises(CheckpointError, match=r"lacks model-00002-of-00002\.safetensors"):
         check_folder(checkpoint)
 
@@ -320,9 +312,7 @@ def test_digests_are_those_of_the_checkpoints_files(checkpoint: Path) -> None:
     assert digests["config.json"] == sha256((checkpoint / "config.json").read_bytes()).hexdigest()
 
 
-MODULES = [
-    {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"}
-]
+MODULES = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"}]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""The demo: a real collection made on the spot, a fine-tuned model, a rerank, an evaluation."""

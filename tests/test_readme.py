@@ -1,0 +1,123 @@
+"""The README is true: its commands run as they stand, its job file is valid, its tree is the tree."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from crossenc.testing import tiny_checkpoint
+from pipelines.config import RerankConfig, ScoringConfig
+from tests.support.collections import make_collection, read_results
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands(prefix: str) -> list[str]:
+    return [line for block in blocks("bash") for line in block.splitlines() if line.startswith(prefix)]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """A folder as the README assumes it: candidates, a model and the job file."""
+    folder = tmp_path_factory.mktemp("readme")
+    tiny_checkpoint(folder / "my-model")
+    make_collection(folder, num_queries=5).pairs.to_parquet(folder / "candidates.parquet", index=False)
+    (folder / "rerank.yaml").write_text(blocks("yaml")[0])
+    return folder
+
+
+def run(command: str, folder: Path) -> subprocess.CompletedProcess:
+    bin_folder = Path(sys.executable).parent
+    words = command.split()
+    words[0] = str(bin_folder / words[0])
+    return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=240)
+
+
+def test_the_commands_of_the_job_run_in_the_order_of_the_readme(workplace):
+    wanted = commands("crossenc ") + commands("python -m jobs.rerank")
+    assert len(wanted) == 5
+    for command in wanted:
+        done = run(command, workplace)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        if "--dry-run" in command:
+            assert "50 pairs" in done.stdout
+            assert not (workplace / "reranked").exists()
+        if "status" in command:
+            assert "finished" in done.stdout and "5 queries" not in done.stderr
+    assert len(read_results(workplace / "reranked")) == 50
+    assert len(read_results(workplace / "reranked-top3")) == 15
+
+
+def test_the_python_example_runs(workplace):
+    done = subprocess.run(
+        [sys.executable, "-c", blocks("python")[0] + "\nprint(len(scores), ranking[0]['corpus_id'])"],
+        cwd=workplace,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"1 [01]", done.stdout.strip())
+
+
+def test_the_install_command_installs_what_the_readme_uses(tmp_path):
+    (command,) = commands("pip install")
+    words = [sys.executable, "-m", *command.split(), "--no-deps", "--quiet", "--target", str(tmp_path / "site")]
+    copy = tmp_path / "clone"
+    ignored = shutil.ignore_patterns(".git", ".venv", "*.egg-info", "build", "__pycache__", ".*_cache")
+    shutil.copytree(ROOT, copy, ignore=ignored)
+    done = subprocess.run(words, cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "site" / "bin" / "crossenc").exists()
+    assert (tmp_path / "site" / "pipelines" / "report.html.jinja").exists()
+    assert (tmp_path / "site" / "jobs" / "configs" / "rerank.yaml").exists()
+
+
+@pytest.mark.parametrize("command", commands("make "))
+def test_make_targets_exist(command):
+    done = subprocess.run([*command.split(), "--dry-run"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(900)
+def test_make_demo_ends_with_a_report_and_an_honest_table(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.demo", "--folder", str(tmp_path / "demo")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "nDCG@10" in done.stdout and "p (t test)" in done.stdout
+    assert (tmp_path / "demo" / "reranked" / "report.html").exists()
+
+
+def test_every_setting_is_explained_and_every_explained_setting_exists():
+    table = README.split("| setting | default | meaning |")[1].split("\n\n")[0]
+    cells = [line.split("|") for line in table.splitlines()[2:]]
+    explained = {name for row in cells for name in re.findall(r"`([a-z_]+)`", row[1])}
+    internal = {"cpus_per_tokeniser", "wave_shards"}
+    assert explained | internal == set(RerankConfig.model_fields)
+    assert set(ScoringConfig.model_fields) <= set(re.findall(r"`([a-z_]+)`", table))
+
+
+def test_the_annotated_tree_names_every_module_and_nothing_else():
+    tree = README.split("## How it is built")[1].split("```")[1]
+    for package in ("crossenc", "pipelines"):
+        section = tree.split(f"{package}/ ")[1].split("\njobs/" if package == "pipelines" else "\npipelines/")[0]
+        named = set(re.findall(r"([a-z_]+\.py)", section))
+        real = {path.name for path in (ROOT / package).glob("*.py")} - {"__init__.py"}
+        assert named | {"records.py", "schemas.py", "testing.py"} == real | {"records.py", "schemas.py", "testing.py"}
+
+
+def test_the_commented_job_file_is_valid_with_every_comment_taken_out():
+    text = (ROOT / "jobs" / "configs" / "rerank.yaml").read_text()
+    RerankConfig.model_validate(yaml.safe_load(text))
+    settings = re.findall(r"^# ([a-z_]+): ", text, re.MULTILINE)
+    assert set(settings) <= set(RerankConfig.model_fields)
