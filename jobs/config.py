@@ -40,10 +40,19 @@ def _read_yaml(source: str) -> dict[str, Any]:
                 raise ConfigError(f"{source}: YAML aliases are not used in job files; write the value out")
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(
+            f"{source} is not YAML{_place(error)}; put quotes around values with special characters"
+        ) from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{source} holds no settings; write them as `key: value` lines")
     return tree
+
+
+def _place(error: yaml.YAMLError) -> str:
+    """Where YAML cannot be read, without a word of what stands there: it may be a credential."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return ""
+    return f": see line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
 
 
 def _find(source: str) -> FileInfo:
@@ -58,22 +67,20 @@ def _find(source: str) -> FileInfo:
 
 def _apply(tree: dict[str, Any], override: str) -> None:
     """Sets `a.b=value` in the tree; the value is read as YAML, so numbers, lists and null work."""
-    path, equals, text = override.partition("=")
+    path, equals, text = override.partition("=")  # errors show the path alone: the value may be a credential
     keys = path.strip().split(".")
     if not equals or not all(keys):
-        raise ConfigError(
-            f"--set {override!r}: write key=value, with dots for keys inside others, as in scoring.actors=4"
-        )
+        raise ConfigError(f"--set {path!r}: write key=value, with dots for keys inside others, as in scoring.actors=4")
     node = tree
     for key in keys[:-1]:
         child = node.setdefault(key, {})
         if not isinstance(child, dict):
-            raise ConfigError(f"--set {override!r}: {key} is a value, not a group of settings")
+            raise ConfigError(f"--set {path!r}: {key} is a value, not a group of settings")
         node = child
     try:
         node[keys[-1]] = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise ConfigError(f"--set {override!r}: the value is not YAML; put quotes around it") from None
+        raise ConfigError(f"--set {path!r}: the value is not YAML; put quotes around it") from None
 
 
 def _explain(kind: type[BaseModel], problem: Any) -> str:

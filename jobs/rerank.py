@@ -35,7 +35,7 @@ def run(
         with runtime.disconnected_at_end():
             outcome = rerank(
                 config,
-                connect=lambda: runtime.connect(config.ray_address, stop),
+                connect=lambda: runtime.connect(config, stop),
                 stream=sys.stderr,
                 should_stop=stop,
                 model=model,

@@ -5,9 +5,11 @@ The only module that reads the environment for Ray, and the only one that config
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -15,13 +17,13 @@ from types import FrameType
 import ray
 
 from crossenc.errors import ConfigError, CrossEncError, InputError, RunConflictError
+from pipelines import execute
+from pipelines.config import RerankConfig
 from pipelines.progress import visible
 from pipelines.storage import redact
 
 #: Exit codes: done; anything unexpected; bad configuration or input; stopped and resumable.
 DONE, FAILED, BAD_INPUT, RESUMABLE = 0, 1, 2, 75
-#: Logical CPUs of a local cluster beyond the cores, so that reading and writing always find room beside scoring.
-_EXTRA_CPUS = 2
 #: These make Ray unpickle what it finds inside Parquet files.
 _UNSAFE = ("RAY_DATA_AUTOLOAD_PICKLE_OBJECT_SCALAR", "RAY_DATA_AUTOLOAD_CLOUDPICKLE_TENSOR_METADATA")
 
@@ -42,7 +44,11 @@ class StopSignal:
 
 
 def prepare() -> None:
-    """Quiets the libraries and refuses an environment in which reading data could run code."""
+    """Quiets the libraries and refuses an environment in which reading data could run code.
+
+    Until Ray runs there is nothing to drain: SIGTERM then interrupts, as SIGINT does.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     for name in _UNSAFE:
         if os.environ.get(name, "0").lower() not in ("", "0", "false"):
             raise ConfigError(f"{name} lets Parquet files run code when they are read; unset it")
@@ -55,28 +61,45 @@ def prepare() -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
 
 
-def connect(address: str | None, stop: StopSignal) -> int:
-    """Connects to the cluster at `address` (or RAY_ADDRESS), or starts a local one; returns the cores of a node.
+def connect(config: RerankConfig, stop: StopSignal) -> int:
+    """Connects to the cluster that the job or RAY_ADDRESS names, or starts a local one; returns a node's cores.
 
-    The handlers for SIGTERM and SIGINT are set here, because starting Ray replaces them.
+    The handlers for SIGTERM and SIGINT are set here, because starting Ray replaces them. Raises ConfigError where
+    this machine, as a local cluster, lacks the GPUs that the job asks for.
     """
-    address = address or os.environ.get("RAY_ADDRESS")
-    if not ray.is_initialized():
-        if address:
-            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-        else:
-            ray.init(
-                address="local",
-                num_cpus=_cores() + _EXTRA_CPUS,
-                include_dashboard=False,
-                logging_level=logging.ERROR,
-                log_to_driver=False,
-            )
+    address = config.ray_address or os.environ.get("RAY_ADDRESS")
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address:
+        with _without_log_level_line():
+            ray.init(address=address, **quiet)
+    else:
+        # CPUs are only counted, not bound: with one to spare, reading and writing find room beside scoring.
+        num_cpus = math.ceil(execute.needs(config, _cores())["CPU"]) + 1
+        with _without_log_level_line():
+            ray.init(address="local", num_cpus=max(num_cpus, _cores()), include_dashboard=False, **quiet)
+        shortage = execute.describe_shortage(config, _cores())
+        if shortage:
+            raise ConfigError(f"{shortage} on this machine; lower scoring.actors or scoring.gpus_per_actor")
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, stop.handle)
     signal.signal(signal.SIGINT, stop.handle)
     return _cores()
+
+
+@contextlib.contextmanager
+def _without_log_level_line() -> Iterator[None]:
+    """Keeps off stderr the line in which Ray's core says that it found RAY_BACKEND_LOG_LEVEL; the rest is passed on."""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as caught, os.fdopen(os.dup(2), "wb") as stderr:
+        os.dup2(caught.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr.fileno(), 2)
+            caught.seek(0)
+            stderr.writelines(line for line in caught if b"RAY_BACKEND_LOG_LEVEL" not in line)
 
 
 def _cores() -> int:
@@ -102,8 +125,8 @@ def run(job: Callable[[], int]) -> int:
         return _report(error, BAD_INPUT)
     except CrossEncError as error:
         return _report(error, FAILED)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; run the same command again to resume\n")
+    except (KeyboardInterrupt, SystemExit):  # the latter is Ray's answer to SIGTERM while it starts
+        sys.stderr.write("error: interrupted; run the same command again to resume\n")
         return RESUMABLE
 
 

@@ -5,6 +5,8 @@ Knows Ray Data and the order of the stages; knows nothing of what was done befor
 
 import queue
 import threading
+import time
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +15,7 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 
-from crossenc.errors import ConfigError, CrossEncError
+from crossenc.errors import CrossEncError
 from pipelines.config import RerankConfig
 from pipelines.stages import (
     Commit,
@@ -30,6 +32,8 @@ from pipelines.storage import redact
 
 #: How often the driver looks up from waiting: at signals, at the lease, at the clock.
 POLL_SECONDS = 0.2
+#: How long Ray Data may take to let go of its work when a run ends early.
+_END_SECONDS = 10.0
 _COMMIT_CPUS = 0.25
 
 
@@ -62,24 +66,25 @@ def actor_cpus(config: RerankConfig, cores: int) -> tuple[float, int]:
     return float(share), share
 
 
-def check_resources(config: RerankConfig, cpus_per_actor: float) -> None:
-    """Raises ConfigError where the cluster can never hold the scoring actors beside a reading task.
-
-    A cluster that scales up by itself may be smaller than it will be; then only what no node type could give
-    matters, so an autoscaled cluster is not checked.
-    """
-    if ray._private.worker.global_worker.node is None and ray.is_initialized():
-        return  # connected to a remote cluster: it may be waiting for nodes
-    have = ray.cluster_resources()
+def needs(config: RerankConfig, cores: int) -> dict[str, float]:
+    """The CPUs and GPUs that the job's stages hold at once: every scoring actor, one reading and one writing task."""
     scoring = config.scoring
-    wanted_cpus = scoring.actors * cpus_per_actor + config.cpus_per_tokeniser + _COMMIT_CPUS
-    wanted_gpus = scoring.actors * scoring.gpus_per_actor
-    if wanted_cpus > have.get("CPU", 0) or wanted_gpus > have.get("GPU", 0):
-        raise ConfigError(
-            f"{scoring.actors} scoring actors need {wanted_cpus:g} CPUs (with the reading and writing tasks) and"
-            f" {wanted_gpus:g} GPUs, but Ray has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs here;"
-            " lower scoring.actors, scoring.cpus_per_actor or scoring.gpus_per_actor"
-        )
+    cpus_per_actor, _ = actor_cpus(config, cores)
+    return {
+        "CPU": scoring.actors * cpus_per_actor + config.cpus_per_tokeniser + _COMMIT_CPUS,
+        "GPU": scoring.actors * scoring.gpus_per_actor,
+    }
+
+
+def describe_shortage(config: RerankConfig, cores: int) -> str:
+    """What the cluster lacks for the job as it is now, in words; empty where it lacks nothing."""
+    have = ray.cluster_resources()
+    lacking = [
+        f"{wanted:g} {kind}s are needed and Ray has {have.get(kind, 0):g}"
+        for kind, wanted in needs(config, cores).items()
+        if wanted > have.get(kind, 0)
+    ]
+    return "; ".join(lacking)
 
 
 def run(
@@ -87,14 +92,14 @@ def run(
     cluster: Cluster,
     config: RerankConfig,
     cpus_per_actor: float,
-    stop_reading: threading.Event,
 ) -> Iterator[Result | None]:
     """Runs shards, or with numbers as items buckets, and yields results as they come, None now and then between.
 
-    Set `stop_reading` and leave the loop to end early: what is in work is dropped.
+    Close the iterator to end early: what is in work is dropped.
     """
     are_buckets = bool(items) and isinstance(items[0], int)
     dataset = _dataset(items, cluster, config, cpus_per_actor, are_buckets)
+    dataset.set_name(f"crossenc-{uuid.uuid4().hex}")
     results: queue.Queue[Result | BaseException | None] = queue.Queue()
 
     def consume() -> None:
@@ -102,8 +107,6 @@ def run(
             for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                 for row in batch.to_pylist():
                     results.put(parse_result(row))
-                if stop_reading.is_set():
-                    break
         except BaseException as error:
             results.put(error)
         finally:
@@ -111,17 +114,33 @@ def run(
 
     thread = threading.Thread(target=consume, name="shard-results", daemon=True)
     thread.start()
-    while True:
-        try:
-            result = results.get(timeout=POLL_SECONDS)
-        except queue.Empty:
-            yield None
-            continue
-        if result is None:
-            return
-        if isinstance(result, BaseException):
-            raise _cluster_error(result) from result
-        yield result
+    try:
+        while True:
+            try:
+                result = results.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                yield None
+                continue
+            if result is None:
+                return
+            if isinstance(result, BaseException):
+                raise _cluster_error(result) from result
+            yield result
+    finally:
+        _end(dataset, thread)
+
+
+def _end(dataset: "ray.data.Dataset", consumer: threading.Thread) -> None:
+    """Ends the execution of `dataset`, so that nothing of it calls Ray after Ray was shut down.
+
+    Ray Data has no public way to do it from outside; its executor is a thread, known by the dataset's name.
+    """
+    deadline = time.monotonic() + _END_SECONDS
+    while consumer.is_alive() and time.monotonic() < deadline:
+        for thread in threading.enumerate():
+            if thread.name.startswith(f"StreamingExecutor-{dataset.name}"):
+                thread.shutdown(force=False)  # type: ignore[attr-defined]
+        consumer.join(POLL_SECONDS)
 
 
 def _dataset(

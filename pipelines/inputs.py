@@ -257,7 +257,7 @@ def read_batches(
 def _mean_row_bytes(group: pq.RowGroupMetaData, columns: Sequence[str]) -> int:
     leaves = [group.column(c) for c in range(group.num_columns)]
     read = [leaf for leaf in leaves if any(f"{leaf.path_in_schema}.".startswith(f"{name}.") for name in columns)]
-    return sum(leaf.total_uncompressed_size for leaf in read) // max(1, group.num_rows)
+    return int(sum(leaf.total_uncompressed_size for leaf in read) // max(1, group.num_rows))
 
 
 def _halve(batch: pa.RecordBatch, text_columns: Collection[str]) -> Iterator[pa.RecordBatch]:

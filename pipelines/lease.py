@@ -133,7 +133,7 @@ class _Lease:
 
 def _acquire(output: Location, say: Callable[[str], None]) -> _Lease:
     holder = last_holder(output)
-    if holder is not None and not _is_gone(holder):
+    if holder is not None and not is_gone(holder):
         say(f"a run on {holder.host} (pid {holder.pid}) used this output last; looking whether it is still alive …")
         _wait_until_dead(output, holder)
     lease = _Lease(output, holder.epoch + 1 if holder else 1)
@@ -143,7 +143,7 @@ def _acquire(output: Location, say: Callable[[str], None]) -> _Lease:
     return lease
 
 
-def _is_gone(holder: Holder) -> bool:
+def is_gone(holder: Holder) -> bool:
     """Whether the holder released the lease, or its process on this very machine is over."""
     if holder.state == "released":
         return True
@@ -155,7 +155,7 @@ def _wait_until_dead(output: Location, holder: Holder) -> None:
     while time.monotonic() < deadline:
         time.sleep(min(1.0, HEARTBEAT_SECONDS / 2))
         now = last_holder(output)
-        if now is not None and _is_gone(now):
+        if now is not None and is_gone(now):
             return
         if now is None or (now.owner, now.beat) != (holder.owner, holder.beat):
             active = now or holder

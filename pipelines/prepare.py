@@ -13,10 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from crossenc.errors import InputError, StorageError
+from crossenc.errors import InputError
 from crossenc.records import TokenizedPairs
 from pipelines import rows as candidate_rows
-from pipelines.inputs import first_line
+from pipelines.inputs import first_line, is_damage, read_batches
 from pipelines.layout import Columns, is_list
 from pipelines.plan import InputFile, Shard
 from pipelines.rows import CheckedRows
@@ -24,8 +24,7 @@ from pipelines.schemas import TOKEN_FIELDS, thin_schema
 from pipelines.storage import FileInfo, info, locate, open_input, redact
 from pipelines.texts import TextTable, open_store
 
-_FLAT_BATCH_ROWS = 4096
-_NESTED_BATCH_ROWS = 64
+_BATCH_CANDIDATES = 4096
 
 
 class Tokenizer(Protocol):
@@ -60,30 +59,44 @@ class PreparedShard:
 def prepare(shard: Shard, file: InputFile, settings: ReadSettings, tokenizer: Tokenizer) -> PreparedShard:
     """Reads and tokenises one shard.
 
-    Raises InputError when the file is no longer the one that was planned, StorageError when the store does not
-    answer. Damage inside the file is no error: every row of the shard is then refused as unreadable.
+    Raises InputError when the file is no longer the one that was planned or holds what no run can use, StorageError
+    when the store does not answer. Damage inside the file is no error: every row of the shard is then refused as
+    unreadable, after a second look, because bytes can also be damaged on their way.
     """
     started = time.perf_counter()
     source = FileInfo(locate(file.uri, settings.storage_options), file.num_bytes, file.version)
     _check_unchanged(source)
-    tokenise_seconds = 0.0
-    parts: list[pa.Table] = []
     try:
-        for checked in _checked_batches(source, shard, settings):
-            before = time.perf_counter()
-            parts.append(_to_table(checked, shard.file, tokenizer, settings.pass_through))
-            tokenise_seconds += time.perf_counter() - before
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        parts = [_unreadable(shard, redact(first_line(error)))]
-    except OSError as error:
-        # Arrow reports a bad page checksum as a bare OSError; what a store or a disk says has a class or a number.
-        if isinstance(error, StorageError | FileNotFoundError | PermissionError) or error.errno is not None:
-            raise
-        parts = [_unreadable(shard, redact(first_line(error)))]
+        parts, tokenise_seconds = _tables(source, shard, settings, tokenizer)
+    except _DamagedError:
+        try:
+            parts, tokenise_seconds = _tables(source, shard, settings, tokenizer)
+        except _DamagedError as damage:
+            parts, tokenise_seconds = [_unreadable(shard, str(damage))], 0.0
+    except FileNotFoundError:
+        _check_unchanged(source)  # says what is wrong, unless the file has come back
+        raise
     _check_unchanged(source)
     rows = _concat(parts, settings.pass_through)
     elapsed = time.perf_counter() - started
     return PreparedShard(rows, elapsed - tokenise_seconds, tokenise_seconds)
+
+
+class _DamagedError(Exception):
+    """The file is damaged where it was read."""
+
+
+def _tables(
+    source: FileInfo, shard: Shard, settings: ReadSettings, tokenizer: Tokenizer
+) -> tuple[list[pa.Table], float]:
+    """The shard's rows, tokenised, and the seconds that tokenising took."""
+    parts = []
+    tokenise_seconds = 0.0
+    for checked in _checked_batches(source, shard, settings):
+        before = time.perf_counter()
+        parts.append(_to_table(checked, shard.file, tokenizer, settings.pass_through))
+        tokenise_seconds += time.perf_counter() - before
+    return parts, tokenise_seconds
 
 
 def _check_unchanged(planned: FileInfo) -> None:
@@ -97,39 +110,48 @@ def _check_unchanged(planned: FileInfo) -> None:
 
 
 def _checked_batches(source: FileInfo, shard: Shard, settings: ReadSettings) -> Iterator[CheckedRows]:
-    queries = open_store(settings.queries, settings.cache) if settings.queries else None
-    corpus = open_store(settings.corpus, settings.cache) if settings.corpus else None
+    limit = settings.max_text_bytes
+    queries = open_store(settings.queries, settings.cache, limit) if settings.queries else None
+    corpus = open_store(settings.corpus, settings.cache, limit) if settings.corpus else None
     for first_row, batch in _read_rows(source, shard, settings.columns):
-        raw = candidate_rows.flatten(batch, settings.columns, first_row)
-        yield candidate_rows.check(
-            raw,
-            queries=queries,
-            corpus=corpus,
-            max_text_bytes=settings.max_text_bytes,
-            needs_score=settings.needs_score,
-        )
+        try:
+            yield candidate_rows.check(
+                candidate_rows.flatten(batch, settings.columns, first_row),
+                queries=queries,
+                corpus=corpus,
+                max_text_bytes=limit,
+                needs_score=settings.needs_score,
+            )
+        except (InputError, pa.ArrowException) as error:
+            last_row = first_row + batch.num_rows - 1
+            raise InputError(f"{source.location}, rows {first_row} to {last_row}: {first_line(error)}") from None
 
 
 def _read_rows(source: FileInfo, shard: Shard, columns: Columns) -> Iterator[tuple[int, pa.RecordBatch]]:
     """Batches that cover exactly the shard's rows, each with the number of its first row in the file."""
-    if shard.row_start == shard.row_end:
+    num_rows = shard.row_end - shard.row_start
+    if num_rows == 0:
         return
-    as_dictionary = [name for name in (columns.query, columns.text) if name and columns.struct is None]
-    if columns.layout == "nested":
-        as_dictionary = []
-    with open_input(source) as stream:
-        file = pq.ParquetFile(stream, read_dictionary=as_dictionary, page_checksum_verification=True)
-        starts = np.cumsum([0, *(file.metadata.row_group(g).num_rows for g in range(file.num_row_groups))])
-        groups = [g for g in range(len(starts) - 1) if starts[g] < shard.row_end and starts[g + 1] > shard.row_start]
-        at = int(starts[groups[0]])
-        size = _NESTED_BATCH_ROWS if columns.layout == "nested" else _FLAT_BATCH_ROWS
-        for batch in file.iter_batches(batch_size=size, row_groups=groups, columns=columns.to_read()):
-            low, high = max(at, shard.row_start), min(at + batch.num_rows, shard.row_end)
-            if low < high:
-                yield low, batch.slice(low - at, high - low)
-            at += batch.num_rows
-            if at >= shard.row_end:
-                return
+    max_rows = max(1, _BATCH_CANDIDATES * num_rows // max(num_rows, shard.num_candidates))
+    names = columns.to_read()
+    texts = [name for name in names if name not in columns.pass_through]
+    try:
+        with open_input(source) as stream:
+            footer = pq.read_metadata(stream)
+            starts = np.cumsum([0, *(footer.row_group(g).num_rows for g in range(footer.num_row_groups))])
+            groups = np.flatnonzero((starts[:-1] < shard.row_end) & (starts[1:] > shard.row_start)).tolist()
+            at = int(starts[groups[0]])
+            for batch in read_batches(stream, footer, names, texts, max_rows=max_rows, row_groups=groups):
+                low, high = max(at, shard.row_start), min(at + batch.num_rows, shard.row_end)
+                if low < high:
+                    yield low, batch.slice(low - at, high - low)
+                at += batch.num_rows
+                if at >= shard.row_end:
+                    return
+    except Exception as error:
+        if not is_damage(error):
+            raise
+        raise _DamagedError(redact(first_line(error))) from None
 
 
 def _to_table(checked: CheckedRows, file: int, tokenizer: Tokenizer, pass_through: tuple[pa.Field, ...]) -> pa.Table:
@@ -169,7 +191,7 @@ def _to_table(checked: CheckedRows, file: int, tokenizer: Tokenizer, pass_throug
 
 
 def _cast_or_null(values: pa.Array | None, num_rows: int, kind: pa.DataType) -> pa.Array:
-    return pa.nulls(num_rows, kind) if values is None else values.cast(kind)
+    return pa.nulls(num_rows, kind) if values is None else values.cast(kind, safe=False)
 
 
 def _unreadable(shard: Shard, detail: str) -> pa.Table:

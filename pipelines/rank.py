@@ -134,7 +134,10 @@ def _results(scored: pa.Table, groups: NDArray[np.int64], stage: NDArray[np.int6
     model_scores = scored.column("model_score").to_numpy().astype(np.float32)
     final: NDArray[np.float32] | NDArray[np.float64] = model_scores
     if settings.weight is not None:
-        final = interpolate(model_scores, stage_scores, groups, settings.weight)
+        in_order = np.lexsort((stage, groups))  # sums over a query then do not depend on how its rows lay in the input
+        mixed = interpolate(model_scores[in_order], stage_scores[in_order], groups[in_order], settings.weight)
+        final = np.empty(len(mixed))
+        final[in_order] = mixed
     by = order(final, stage, scored.column("doc_id").to_pylist(), groups)
     new_ranks = first_stage_ranks(groups[by], np.zeros(len(by), np.int64), np.zeros(len(by)))  # by position
     if settings.top_k is not None:

@@ -5,7 +5,6 @@ Any process may die at any moment. What is committed is in storage, and running 
 
 import contextlib
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +37,9 @@ from pipelines.storage import (
     probe,
 )
 from pipelines.texts import TextTable, default_cache, find_table
+
+#: Silence that people should hear about.
+_QUIET_SECONDS = 120.0
 
 State = Literal["done", "already done", "stopped"]
 
@@ -154,6 +156,27 @@ class _Stopped(Exception):
     """Leaves the loop over shards when the run is to end early."""
 
 
+class _Quiet:
+    """Notices when no shard has come back for long, and says what the cluster may be waiting for."""
+
+    def __init__(self, describe_shortage: Callable[[], str]) -> None:
+        self._describe_shortage = describe_shortage
+        self.end()
+
+    def end(self) -> None:
+        self._since = time.monotonic()
+        self._next_seconds = _QUIET_SECONDS
+
+    def complaint(self) -> str:
+        """A sentence after _QUIET_SECONDS of silence, and again each time the silence has doubled; else nothing."""
+        seconds = time.monotonic() - self._since
+        if seconds < self._next_seconds:
+            return ""
+        self._next_seconds *= 2
+        shortage = self._describe_shortage()
+        return f"no shard has finished for {seconds:,.0f} s" + (f": {shortage}" if shortage else "")
+
+
 class _Run:
     """One process's attempt at a run: what it has seen so far, and how it talks to people and to the cluster."""
 
@@ -162,7 +185,6 @@ class _Run:
         self._progress: Progress | None = None
         self._lost = ""
         self._started = time.monotonic()
-        self._stop_reading = threading.Event()
 
     def say(self, text: str) -> None:
         if self._progress is not None:
@@ -200,7 +222,6 @@ class _Run:
             message = self._lost or f"stopped; run the same command again to resume {output}"
             return Outcome("stopped", output, message)
         finally:
-            self._stop_reading.set()
             with contextlib.suppress(OSError):  # the journal is a convenience, and another error may be on its way
                 journal.flush()
         finished = finish.FinishedRun(
@@ -257,21 +278,27 @@ class _Run:
     ) -> Iterator[ShardRecord]:
         """Runs the items in waves and yields a record for each; raises _Stopped when the run is to end early."""
         config = self._job.config
-        run_context, cpus_per_actor = context(self._connect())
-        execute.check_resources(config, cpus_per_actor)
+        cores = self._connect()
+        run_context, cpus_per_actor = context(cores)
         cluster = execute.Cluster.prepare(run_context)
         begun: set[str] | None = None  # set once stopping: the shards that are still to come back
         seen: set[str] = set()
         deadline = 0.0
+        quiet = _Quiet(lambda: execute.describe_shortage(config, cores))
         for start in range(0, len(todo), config.wave_shards):
             wave = todo[start : start + config.wave_shards]
-            for result in execute.run(wave, cluster, config, cpus_per_actor, self._stop_reading):
+            results = execute.run(wave, cluster, config, cpus_per_actor)
+            with contextlib.closing(results):
+              for result in results:
                 if result is not None:
+                    quiet.end()
                     seen.add(result.shard_id)
                     if result.kind == "failure":
                         raise_failure(result.message)
                     if result.record is not None:
                         yield result.record
+                elif complaint := quiet.complaint():
+                    self.say(complaint)
                 if begun is None and (self._lost or self._should_stop()):
                     begun = cluster.stop()
                     deadline = time.monotonic() + (0 if self._lost else config.drain_seconds)

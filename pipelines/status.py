@@ -71,6 +71,6 @@ def _state(finished: bool, holder: lease.Holder | None) -> tuple[State, str, flo
         return "resumable", "run the same command again to go on", 0.0
     age = time.time() - holder.beaten_at
     where = f"on {holder.host} (pid {holder.pid}), last heartbeat {age:,.0f} s ago"
-    if age > lease.TAKEOVER_SECONDS:
+    if lease.is_gone(holder) or age > lease.TAKEOVER_SECONDS:
         return "resumable", f"the run {where} seems dead; run the same command again to go on", 0.0
     return "running", where, float(holder.progress.get("pairs_per_second") or 0.0)

@@ -101,8 +101,8 @@ class TextStore:
     """Read access to a built store."""
 
     def __init__(self, folder: Path) -> None:
-        self._hashes: NDArray[np.uint64] = np.load(folder / "hashes.npy", mmap_mode="r")
-        self._places: NDArray[np.int64] = np.load(folder / "places.npy", mmap_mode="r")
+        self._hashes: NDArray[np.uint64] = np.asarray(np.load(folder / "hashes.npy", mmap_mode="r"))
+        self._places: NDArray[np.int64] = np.asarray(np.load(folder / "places.npy", mmap_mode="r"))
         with (folder / "texts").open("rb") as file:  # never empty, because an empty file cannot be mapped
             self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
@@ -211,12 +211,12 @@ def distinct_texts(texts: pa.Array, titles: pa.Array | None, max_text_bytes: int
 
 def _distinct(column: pa.Array, max_bytes: int) -> tuple[list[Text], NDArray[np.int64]]:
     encoded = column if pa.types.is_dictionary(column.type) else pc.dictionary_encode(as_binary(column))
-    values = encoded.dictionary.cast(pa.large_binary())
+    null = len(encoded.dictionary)
+    used, rows = np.unique(encoded.indices.cast(pa.int64()).fill_null(null).to_numpy(), return_inverse=True)
+    values = encoded.dictionary.take(pa.array(used, mask=used == null)).cast(pa.large_binary())
     lengths = pc.binary_length(values)
     short = pc.if_else(pc.greater(lengths, max_bytes), pa.scalar(None, values.type), values).to_pylist()
-    distinct = [length if value is None else value for value, length in zip(short, lengths.to_pylist(), strict=True)]
-    rows = encoded.indices.cast(pa.int64()).fill_null(len(distinct)).to_numpy(zero_copy_only=False)
-    return [*distinct, None], rows
+    return [length if value is None else value for value, length in zip(short, lengths.to_pylist(), strict=True)], rows
 
 
 def _join(title: Text, text: Text, max_bytes: int) -> Text:
@@ -230,7 +230,7 @@ def _join(title: Text, text: Text, max_bytes: int) -> Text:
 
 def id_bytes(column: pa.Array) -> list[bytes | None]:
     """Each row's id as bytes, an integer as its digits. Raises InputError for one of more than MAX_ID_BYTES."""
-    distinct, rows = _distinct(as_binary(column) if pa.types.is_integer(column.type) else column, MAX_ID_BYTES)
+    distinct, rows = _distinct(column, MAX_ID_BYTES)
     ids: list[bytes | None] = []
     for value in distinct:
         if isinstance(value, int):

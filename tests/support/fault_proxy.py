@@ -63,9 +63,9 @@ _ERROR_CODES = {
 class Rule:
     """Which requests meet `fault`.
 
-    `method` must match whole; `path` is searched for in the encoded path with its query. The first `skip`
-    requests that match pass, then `times` of them (None: all) are hit, each with `probability`, drawn from
-    `seed`.
+    `method` must match whole; `path` is searched for in the encoded path with its query; a `header` of that name
+    must be there, where one is given. The first `skip` requests that match pass, then `times` of them (None: all)
+    are hit, each with `probability`, drawn from `seed`.
     `status` belongs to the fault of that name, `seconds` to latency.
     """
 
@@ -73,6 +73,7 @@ class Rule:
     _: KW_ONLY
     method: str = ".*"
     path: str = ""
+    header: str = ""
     times: int | None = 1
     skip: int = 0
     probability: float = 1.0
@@ -118,6 +119,8 @@ class _ArmedRule:
     def hits(self, request: web.Request) -> bool:
         rule = self.rule
         if not (re.fullmatch(rule.method, request.method) and re.search(rule.path, request.raw_path)):
+            return False
+        if rule.header and rule.header not in request.headers:
             return False
         self.num_matched += 1
         spent = rule.times is not None and self.num_hit >= rule.times

@@ -1,31 +1,54 @@
-"""Models that misbehave on purpose: a fake one that stumbles over marked documents."""
+"""Models that misbehave on purpose: over documents that hold a marker word, or when they are loaded."""
 
 import os
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from crossenc.records import TokenizedPairs
 from crossenc.testing import FakeScorer, FakeTokenizer
+from pipelines import storage
 from pipelines.testing import FakeModel
 
 #: Words that a document may hold, and what the stumbling scorer does when it meets one.
-NAN, RAISE, KILL, EXIT = "markernan", "markerraise", "markerkill", "markerexit"
+NAN, RAISE, KILL, EXIT, QUIT = "markernan", "markerraise", "markerkill", "markerexit", "markerquit"
 
 
 @dataclass(frozen=True, slots=True)
 class StumblingModel(FakeModel):
-    """A FakeModel that gives NaN, raises, is killed or exits on documents with one of the marker words."""
+    """A FakeModel that gives NaN, raises, is killed or exits (with 3, or with 0) on documents with a marker word.
+
+    With `on_load` its scorer cannot be loaded at all.
+    """
+
+    on_load: Literal["", "raise", "kill"] = ""
 
     def digests(self) -> Mapping[str, str]:
         return {"stumbling": f"max_length {self.max_length}"}
 
     def load_scorer(self, threads: int) -> "StumblingScorer":
-        tokenizer = self.load_tokenizer()
-        return StumblingScorer(self.seconds_per_pair, marker_ids(tokenizer))
+        if self.on_load == "raise":
+            raise RuntimeError("this model cannot be loaded")
+        if self.on_load == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return StumblingScorer(self.seconds_per_pair, marker_ids(self.load_tokenizer()))
+
+
+@dataclass(frozen=True, slots=True)
+class ImpatientModel(StumblingModel):
+    """A StumblingModel that sets how long storage is retried, in every process that it is sent to."""
+
+    retry_seconds: float = storage.RETRY_SECONDS
+
+    def __post_init__(self) -> None:
+        storage.RETRY_SECONDS = self.retry_seconds
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.seconds_per_pair, self.max_length, self.on_load, self.retry_seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +63,8 @@ class StumblingScorer:
             os.kill(os.getpid(), signal.SIGKILL)
         if EXIT in found:
             os._exit(3)
+        if QUIT in found:
+            os._exit(0)
         if RAISE in found:
             raise RuntimeError("this document cannot be scored")
         scores = FakeScorer(self.seconds_per_pair).score(pairs)
@@ -48,7 +73,7 @@ class StumblingScorer:
 
 
 def marker_ids(tokenizer: FakeTokenizer) -> dict[str, int]:
-    words = (NAN, RAISE, KILL, EXIT)
+    words = (NAN, RAISE, KILL, EXIT, QUIT)
     pairs = tokenizer.encode([""] * len(words), list(words))
     return {
         word: int(pairs.input_ids[pairs.offsets[i] : pairs.offsets[i + 1]].tolist()[2]) for i, word in enumerate(words)
