@@ -67,6 +67,8 @@ def connect(config: RerankConfig, stop: StopSignal) -> int:
     The handlers for SIGTERM and SIGINT are set here, because starting Ray replaces them. Raises ConfigError where
     this machine, as a local cluster, lacks the GPUs that the job asks for.
     """
+    if ray.is_initialized():  # the second phase of a run asks again
+        return _cores()
     address = config.ray_address or os.environ.get("RAY_ADDRESS")
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address:

@@ -64,7 +64,7 @@ class RerankConfig(_Settings):
     shard_candidates: Annotated[int | None, Field(ge=1, description="candidates in a shard; by size if absent")] = None
     wave_shards: Annotated[int, Field(ge=1, le=100_000, description="shards in one Ray dataset")] = 10_000
     max_text_bytes: Annotated[int, Field(ge=1, description="a longer query or document is refused")] = 4 * 2**20
-    skip_bad_files: Annotated[bool, Field(description="go on without files whose footer cannot be read")] = False
+    skip_bad_files: Annotated[bool, Field(description="go on without files that planning cannot read")] = False
     qrels: Annotated[str | None, Field(description="judgements; the report then shows before and after")] = None
     trec_run: Annotated[bool, Field(description="also write run.trec")] = False
     price_per_hour: Annotated[float | None, Field(ge=0, description="of the whole cluster, for the cost")] = None
@@ -74,8 +74,11 @@ class RerankConfig(_Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> "RerankConfig":
-        if not self.candidates:
+        if not self.candidates or not all(self.candidate_uris):
             raise ValueError("candidates is empty: name at least one file, folder or glob")
+        twice = [name for i, name in enumerate(self.pass_through) if name in self.pass_through[:i]]
+        if twice:
+            raise ValueError(f"pass_through names {twice[0]!r} twice")
         if (self.queries is None) != (self.corpus is None):
             raise ValueError("queries and corpus go together: both tables are needed for candidates given as ids")
         if self.layout in ("nested", "pairs") and self.queries is not None:

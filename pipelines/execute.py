@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,15 +88,20 @@ def describe_shortage(config: RerankConfig, cores: int) -> str:
 
 
 def run(
-    items: Sequence[Item],
-    cluster: Cluster,
-    config: RerankConfig,
-    cpus_per_actor: float,
-) -> Iterator[Result | None]:
+    items: Sequence[Item], cluster: Cluster, config: RerankConfig, cpus_per_actor: float
+) -> Generator[Result | None]:
     """Runs shards, or with numbers as items buckets, and yields results as they come, None now and then between.
 
-    Close the iterator to end early: what is in work is dropped.
+    Items run in waves, because a dataset gets slower with their number. Close the generator to end early: what is in
+    work is dropped then.
     """
+    for start in range(0, len(items), config.wave_shards):
+        yield from _run_wave(items[start : start + config.wave_shards], cluster, config, cpus_per_actor)
+
+
+def _run_wave(
+    items: Sequence[Item], cluster: Cluster, config: RerankConfig, cpus_per_actor: float
+) -> Generator[Result | None]:
     are_buckets = bool(items) and isinstance(items[0], int)
     dataset = _dataset(items, cluster, config, cpus_per_actor, are_buckets)
     dataset.set_name(f"crossenc-{uuid.uuid4().hex}")

@@ -80,9 +80,10 @@ def hold(
         while not stopped.wait(HEARTBEAT_SECONDS):
             # Without the store the stages fail at their own deadline, and safety needs no beat.
             with contextlib.suppress(OSError):
-                lease.write("running", progress())
                 other = lease.other_holder()
-                if other is not None:
+                if other is None:
+                    lease.write("running", progress())
+                else:
                     stopped.set()
                     on_lost(f"the run on {other.host} (pid {other.pid}) took this output over; this one stops")
 
@@ -121,7 +122,10 @@ class _Lease:
         put(self.output / f"{LEASE_FOLDER}/heartbeat-{self.epoch:06d}.json", self.body(state, progress))
 
     def other_holder(self) -> Holder | None:
-        """Whoever holds the lease instead of this one: of a newer epoch, or of this one in a store without locks."""
+        """Whoever holds the lease instead of this one.
+
+        A newer epoch, or, in a store where two runs can claim the same one, whoever wrote its heartbeat last.
+        """
         holder = last_holder(self.output)
         return holder if holder is not None and holder.owner != self.owner else None
 

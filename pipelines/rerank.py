@@ -6,7 +6,7 @@ Any process may die at any moment. What is committed is in storage, and running 
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TextIO
 
@@ -262,10 +262,11 @@ class _Run:
             self._progress = progress
             try:
                 if todo:
-                    for record in self._committed(todo, self._context(plan, weight)):
-                        records[record.shard_id] = record
-                        progress.update(record)
-                        journal.add(record)
+                    with contextlib.closing(self._committed(todo, self._context(plan, weight))) as committed:
+                        for record in committed:
+                            records[record.shard_id] = record
+                            progress.update(record)
+                            journal.add(record)
             finally:
                 self._progress = None
         missing = [item_id for item_id in items if item_id not in records]
@@ -275,8 +276,8 @@ class _Run:
 
     def _committed(
         self, todo: Sequence[Item], context: Callable[[int], tuple[RunContext, float]]
-    ) -> Iterator[ShardRecord]:
-        """Runs the items in waves and yields a record for each; raises _Stopped when the run is to end early."""
+    ) -> Generator[ShardRecord]:
+        """Runs the items and yields a record for each; raises _Stopped when the run is to end early."""
         config = self._job.config
         cores = self._connect()
         run_context, cpus_per_actor = context(cores)
@@ -285,11 +286,8 @@ class _Run:
         seen: set[str] = set()
         deadline = 0.0
         quiet = _Quiet(lambda: execute.describe_shortage(config, cores))
-        for start in range(0, len(todo), config.wave_shards):
-            wave = todo[start : start + config.wave_shards]
-            results = execute.run(wave, cluster, config, cpus_per_actor)
-            with contextlib.closing(results):
-              for result in results:
+        with contextlib.closing(execute.run(todo, cluster, config, cpus_per_actor)) as results:
+            for result in results:
                 if result is not None:
                     quiet.end()
                     seen.add(result.shard_id)

@@ -19,7 +19,7 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from crossenc.batching import padded_tokens
-from crossenc.errors import CrossEncError, InputError, StorageError
+from crossenc.errors import CheckpointError, CrossEncError, InputError, ScoreError, StorageError
 from crossenc.records import TokenizedPairs
 from pipelines.commit import CommitSettings, commit_bucket, commit_shard
 from pipelines.isolation import Outcome, score_halving, score_isolated
@@ -35,6 +35,8 @@ RECORD = TypeAdapter(ShardRecord)
 #: Starts of a shard that did not end before its scoring is moved to a child process, and before it is given up.
 CAREFUL_AFTER_STARTS = 2
 REFUSE_AFTER_STARTS = 5
+#: Deaths of an actor's process while it loads the model before the run ends with an error.
+GIVE_UP_LOADING_AFTER_DEATHS = 4
 
 #: What one read task makes: a shard of the input, or (a number) a bucket of queries.
 Item = Shard | int
@@ -160,12 +162,24 @@ class ScoreShards:
     def __init__(self, context: ContextRef, control: Any) -> None:
         self._context = context.get()
         self._control = control
-        self._failure: BaseException | None = None
+        self._failure: CrossEncError | None = None
         self._scorer: Scorer | None = None
+        actor_id = ray.get_runtime_context().get_actor_id()
+        deaths = ray.get(control.begin_loading.remote(actor_id))
         try:
+            if deaths >= GIVE_UP_LOADING_AFTER_DEATHS:
+                raise ScoreError(
+                    f"loading the model ended the scoring process {deaths} times: lower scoring.actors if memory is"
+                    " short, and try the model alone on one pair"
+                )
             self._scorer = self._context.model.load_scorer(self._context.threads)
-        except Exception as error:  # reported with the first shard, as a message instead of a dead actor
+        except CrossEncError as error:  # reported with the first shard, as a message instead of a dead actor
             self._failure = error
+        except Exception as error:
+            self._failure = CheckpointError(
+                f"{self._context.model.name} cannot be loaded on this node: {type(error).__name__}: {error}"
+            )
+        control.end_loading.remote(actor_id)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         shard_id, kind = batch["shard_id"][0].as_py(), batch["kind"][0].as_py()
@@ -283,12 +297,23 @@ def raise_failure(message: str) -> None:
 
 
 class RunControl:
-    """An actor that counts each shard's starts outside the processes that may die of it, and passes on stops."""
+    """An actor that counts starts without an end, outside the processes that may die of them, and passes on stops."""
 
     def __init__(self) -> None:
+        self._open_loads: dict[str, int] = {}
         self._open_starts: dict[str, int] = {}
         self._begun: set[str] = set()
         self._stopping = False
+
+    def begin_loading(self, actor_id: str) -> int:
+        """Called before an actor loads its model; tells how often its process has died of that."""
+        deaths = self._open_loads.get(actor_id, 0)
+        self._open_loads[actor_id] = deaths + 1
+        return deaths
+
+    def end_loading(self, actor_id: str) -> None:
+        """Called when an actor's model was loaded, or could not be."""
+        self._open_loads.pop(actor_id, None)
 
     def begin(self, shard_id: str) -> Literal["score", "careful", "refuse", "stop"]:
         """Called before a shard is scored; tells how to do it."""

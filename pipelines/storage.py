@@ -55,6 +55,7 @@ _PERMANENT_CLIENT_ERRORS = (
     "ParamValidationError",
     "ProfileNotFound",
     "InvalidRegionError",
+    "EndpointResolutionError",
     "NoRegionError",
 )
 _SECRET_NAMES = re.compile(r"secret|token|password|key$|credential|sas", re.IGNORECASE)
@@ -240,13 +241,13 @@ def _retrying(operation: Callable[[AbstractFileSystem], T], location: Location, 
                     raise _storage_error(error, location, doing) from None
                 raise
             if time.monotonic() + pause > deadline:
-                raise _storage_error(error, location, f"{doing} ({attempt} attempts)") from None
+                raise _storage_error(error, location, doing, f" ({attempt} attempts)") from None
         time.sleep(random.uniform(pause / 2, pause))
         pause = min(pause * 2, 5.0)
     raise AssertionError("unreachable: the deadline ends the loop")
 
 
-def _storage_error(error: Exception, location: Location, doing: str) -> StorageError:
+def _storage_error(error: Exception, location: Location, doing: str, note: str = "") -> StorageError:
     message = redact(f"{type(error).__name__}: {error}", location.options)
     code = error.errno if isinstance(error, OSError) else None
     if code in (errno.ENOSPC, errno.EDQUOT):
@@ -259,7 +260,7 @@ def _storage_error(error: Exception, location: Location, doing: str) -> StorageE
         hint = "set AWS_REQUEST_CHECKSUM_CALCULATION=when_required for this store and run the same command again"
     else:
         hint = "run the same command again when the store answers, it continues"
-    text = f"could not {doing} {location}: {message}; {hint}"
+    text = f"could not {doing} {location}{note}: {message}; {hint}"
     return StorageError(text) if code is None else StorageError(code, text)
 
 

@@ -355,6 +355,7 @@ def test_a_model_loads_in_eval_mode_and_the_dtype_asked_for(original: Path) -> N
 def test_loading_prints_and_logs_nothing(
     original: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("WARNING")
     load_model(original, dtype=torch.float32)
     assert capfd.readouterr() == ("", "")
     assert not caplog.records

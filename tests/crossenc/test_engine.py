@@ -179,6 +179,7 @@ def test_out_of_memory_halves_what_is_left_and_changes_no_score(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     assert pairs.lengths.max() == 63
+    caplog.set_level("WARNING")
     model = RunsOutOfMemory(bert[1].model, num_tokens)
     counts: list[int] = []
     engine = replace(bert[1], model=model, max_batch_tokens=2000)

@@ -98,6 +98,7 @@ def test_using_the_tokenizer_of_transformers_in_between_changes_nothing(
 def test_encoding_a_text_beyond_the_limit_is_silent(
     tokenizers: dict[str, PairTokenizer], caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    caplog.set_level("WARNING")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert tokenizers["bert"].encode(["the"], ["water " * 500]).truncated.tolist() == [True]

@@ -77,9 +77,9 @@ def test_a_second_run_is_refused_while_the_first_beats(output, monkeypatch):
     monkeypatch.setattr(lease, "TAKEOVER_SECONDS", 30.0)
     said = []
     with hold(output):
-        with pytest.raises(RunConflictError, match=rf"another run is active .*pid {os.getpid()}.*crossenc status"):
-            with hold(output, say=said.append):
-                raise AssertionError("both hold the lease")
+        message = rf"another run is active .*pid {os.getpid()}.*crossenc status"
+        with pytest.raises(RunConflictError, match=message), hold(output, say=said.append):
+            raise AssertionError("both hold the lease")
         assert last_holder(output).epoch == 1
     assert len(said) == 1 and "still alive" in said[0]
 
@@ -92,9 +92,8 @@ def test_a_released_lease_is_free_at_once_in_the_next_epoch(output, monkeypatch)
 
 
 def test_a_run_that_fails_releases_the_lease(output):
-    with pytest.raises(ZeroDivisionError):
-        with hold(output):
-            raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError), hold(output):
+        raise ZeroDivisionError
     assert last_holder(output).state == "released"
 
 
@@ -162,22 +161,15 @@ def test_a_heartbeat_that_cannot_be_read_counts_as_standing_still(output, body):
 def test_a_zombie_learns_that_it_lost_and_does_not_release_what_is_not_its_own(output):
     lost = []
     with hold(output, on_lost=lost.append):
-        write_holder_of_epoch_2 = last_holder(output)
-        body = json.loads(
-            json.dumps({**vars_of(write_holder_of_epoch_2), "owner": "another", "machine": "elsewhere/x"})
-        )
         folder = Path(output.path) / lease.LEASE_FOLDER
-        (folder / "epoch-000002.json").write_text(json.dumps(body))
+        other = json.loads((folder / "epoch-000001.json").read_text()) | {"owner": "another", "machine": "elsewhere/x"}
+        (folder / "epoch-000002.json").write_text(json.dumps(other))
         wait_for(lambda: lost)
-        first = (folder / "heartbeat-000001.json").read_text()
+        last_beat = (folder / "heartbeat-000001.json").read_text()
     assert "the run on elsewhere" in lost[0] and "took this output over" in lost[0]
     assert len(lost) == 1
-    assert (folder / "heartbeat-000001.json").read_text() == first
+    assert (folder / "heartbeat-000001.json").read_text() == last_beat
     assert last_holder(output).owner == "another"
-
-
-def vars_of(holder: Holder) -> dict[str, object]:
-    return {name: getattr(holder, name) for name in Holder.__dataclass_fields__ if name != "epoch"}
 
 
 def test_of_two_runs_that_claim_at_once_one_wins(output):
@@ -200,7 +192,11 @@ def test_of_two_runs_that_claim_at_once_one_wins(output):
 
 
 def test_where_the_store_let_two_runs_claim_one_epoch_one_of_them_stops(output, monkeypatch):
-    monkeypatch.setattr(lease._Lease, "claim", lambda self: True)
+    def claim_anyway(self: lease._Lease) -> bool:
+        lease.put(self.output / f"{lease.LEASE_FOLDER}/epoch-{self.epoch:06d}.json", self.body("running", {}))
+        return True
+
+    monkeypatch.setattr(lease._Lease, "claim", claim_anyway)
     monkeypatch.setattr(lease, "last_holder", lambda output: None)
     lost: list[str] = []
     with ExitStack() as stack:
@@ -231,19 +227,17 @@ def test_a_lease_that_cannot_be_released_does_not_hide_how_the_run_ended(output,
     def failing(location, data):
         raise StorageError("away")
 
-    with pytest.raises(ZeroDivisionError):
-        with hold(output):
-            monkeypatch.setattr(lease, "put", failing)
-            raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError), hold(output):
+        monkeypatch.setattr(lease, "put", failing)
+        raise ZeroDivisionError
 
 
 def test_a_lease_works_in_an_object_store(s3_bucket):
     output = locate(f"s3://{s3_bucket}/out")
     with hold(output) as epoch:
         assert epoch == 1
-        with pytest.raises(RunConflictError, match="another run is active"):
-            with hold(output):
-                raise AssertionError("both hold the lease")
+        with pytest.raises(RunConflictError, match="another run is active"), hold(output):
+            raise AssertionError("both hold the lease")
     with hold(output) as epoch:
         assert epoch == 2
 

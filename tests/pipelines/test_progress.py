@@ -201,9 +201,7 @@ def test_visible_text_prints_as_itself_and_plain_text_is_unchanged(text):
 def test_updates_from_several_threads_are_all_counted(clock):
     stream = io.StringIO()
     with Progress(400, 40_000, stream, interval_seconds=0, clock=clock) as progress:
-        threads = [
-            threading.Thread(target=lambda: [progress.update(shard()) for _ in range(100)]) for _ in range(4)
-        ]
+        threads = [threading.Thread(target=lambda: [progress.update(shard()) for _ in range(100)]) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:

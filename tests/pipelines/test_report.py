@@ -235,9 +235,7 @@ def test_what_comes_from_data_stays_text(odd):
         interpolation=odd,
         versions={odd: odd},
     )
-    plain = replace(
-        summary, output="x", candidates=("x",), model="x", counts=PLAIN.counts, versions={"x": "x"}
-    )
+    plain = replace(summary, output="x", candidates=("x",), model="x", counts=PLAIN.counts, versions={"x": "x"})
     page, plain_page = Page(render(summary)), Page(render(plain))
     assert page.text.count(visible(odd)) >= 12
     assert sorted(set(page.tags)) == sorted(set(plain_page.tags))
@@ -330,24 +328,15 @@ def test_a_comparison_is_said_in_plain_words(change, words, judgement):
 
 
 def test_the_difference_lies_inside_its_interval_on_the_track():
-    html = render(
-        replace(PLAIN, evaluation=(NDCG, replace(NDCG, before=0.9, after=0.87, low=-0.05, high=-0.01)))
-    )
-    tracks = re.findall(
-        r'zero" style="left:(\S+)%".*?left:(\S+)%;width:(\S+)%".*?mean" style="left:(\S+)%', html
-    )
+    html = render(replace(PLAIN, evaluation=(NDCG, replace(NDCG, before=0.9, after=0.87, low=-0.05, high=-0.01))))
+    tracks = re.findall(r'zero" style="left:(\S+)%".*?left:(\S+)%;width:(\S+)%".*?mean" style="left:(\S+)%', html)
     (zero_1, low_1, width_1, mean_1), (zero_2, low_2, width_2, mean_2) = [map(float, t) for t in tracks]
     assert zero_1 == zero_2
     assert zero_1 < low_1 < mean_1 < low_1 + width_1 <= 96
     assert 4 <= low_2 < mean_2 < low_2 + width_2 < zero_2
 
 
-@pytest.mark.parametrize(
-    ("scored", "share"), [(120_000, "100.0 %"), (119_999, "&gt; 99.9 %"), (1, "&lt; 0.1 %")]
-)
+@pytest.mark.parametrize(("scored", "share"), [(120_000, "100.0 %"), (119_999, "&gt; 99.9 %"), (1, "&lt; 0.1 %")])
 def test_a_share_never_rounds_something_away(scored, share):
     summary = replace(PLAIN, counts=replace(PLAIN.counts, num_scored=scored))
-    assert (
-        f'Scored</div><div class="value">{scored:,}</div><div class="extra">{share} of candidates'
-        in render(summary)
-    )
+    assert f'Scored</div><div class="value">{scored:,}</div><div class="extra">{share} of candidates' in render(summary)

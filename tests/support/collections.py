@@ -70,6 +70,14 @@ def make_collection(folder: Path, num_queries: int = 20, depth: int = 10, seed: 
     return Collection(pd.DataFrame(rows), folder)
 
 
+def with_bad_rows(collection: Collection, marker: str) -> Collection:
+    """The same collection with two documents that are refused: one without a text, one that holds `marker`."""
+    pairs = collection.pairs.copy()
+    pairs.loc[13, "text"] = None
+    pairs.loc[27, "text"] = f"{pairs.loc[27, 'text']} {marker}"
+    return Collection(pairs, collection.folder)
+
+
 def write_job(path: Path, **settings: object) -> str:
     """Writes a job file; returns its path."""
     path.write_text(yaml.safe_dump({"model": "fake", **settings}))
@@ -100,3 +108,19 @@ def part_bytes(output: Path | str) -> dict[str, bytes]:
         p for folder in ("results", "completeness", "quarantine") for p in sorted((root / folder).rglob("*.parquet"))
     ]
     return {str(p.relative_to(root)): p.read_bytes() for p in files}
+
+
+def parts(output: Path | str) -> dict[str, tuple[int, int]]:
+    """The committed parts by name, each with inode and modification time in ns: equal as long as it is the same file.
+
+    Hidden files are somebody's unfinished work and do not count.
+    """
+    found = [(path.name, path.stat()) for path in Path(output, "results").glob("part-*.parquet")]
+    return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in found}
+
+
+def visible_files(output: Path | str) -> set[str]:
+    """Every file below the output by its path, but for hidden ones, which no reader of tables looks at."""
+    root = Path(output)
+    files = (path.relative_to(root) for path in root.rglob("*") if path.is_file())
+    return {str(path) for path in files if not path.name.startswith(".")}
