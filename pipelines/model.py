@@ -112,8 +112,7 @@ class CheckpointModel:
     def _folder(self) -> Path:
         from crossenc.checkpoint import fetch
 
-        source, _, revision = self.source.partition("@") if "://" not in self.source else (self.source, "", "")
-        return fetch(source, revision=revision or None, storage_options=self.storage_options)
+        return fetch(self.source, storage_options=self.storage_options)
 
     def _check_files(self, folder: Path) -> None:
         from crossenc.checkpoint import file_digests

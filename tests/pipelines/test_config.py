@@ -96,6 +96,6 @@ def test_a_setting_that_changes_no_result_can_differ_when_a_run_is_resumed(setti
     assert _options(settings) == _options({})
 
 
-def test_a_weight_is_a_share():
+def test_interpolation_takes_a_weight_or_judgements_to_fit_it_on():
     assert InterpolateConfig(weight=0.25).weight == 0.25
     assert InterpolateConfig(fit="qrels.parquet").weight is None
