@@ -34,6 +34,7 @@ COUNTS = TypeAdapter(ShardCounts)
 #: Where parts of shards lie when a second phase ranks them; hidden from readers of the output.
 SCORED_FOLDER = f"{RUN_FOLDER}/scored"
 RESULTS_FOLDER = "results"
+SIDE_FOLDERS = ("completeness", "quarantine", "trec")
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from crossenc.errors import CrossEncError, RunConflictError
 from pipelines import evaluate, report
-from pipelines.commit import COUNTS, RESULTS_FOLDER
+from pipelines.commit import COUNTS, RESULTS_FOLDER, SIDE_FOLDERS
 from pipelines.config import RerankConfig
 from pipelines.plan import FORMAT, Plan
 from pipelines.records import (
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 MANIFEST_FILE = "_manifest.json"
 SUCCESS_FILE = "_SUCCESS"
 REPORT_FILE = "report.html"
-_SIDE_FOLDERS = ("completeness", "quarantine", "trec")
 _EXAMPLES_PER_REASON = 3
 _PACKAGES = ("crossenc", "torch", "transformers", "ray", "pyarrow")
 
@@ -61,7 +60,9 @@ def finish(run: FinishedRun, say: Callable[[str], None]) -> ShardCounts:
     Raises CrossEncError where the counts do not add up, RunConflictError where what is stored is not what was made.
     """
     counts = _reconcile(run)
-    changed = _changed(run.output, [(record.path, record.num_bytes) for record in run.records.values()])
+    wanted: list[tuple[str, int | None]] = [(record.path, record.num_bytes) for record in run.records.values()]
+    wanted += [(path, None) for record in run.records.values() for path in record.side_paths]
+    changed = _changed(run.output, wanted)
     if changed:
         raise RunConflictError(f"{run.output / changed} was removed or changed meanwhile; run the same command again")
     summary = _summarise(run, counts, say)
@@ -87,14 +88,12 @@ def confirm(output: Location) -> "Outcome":
     except FileNotFoundError:
         changed: str | None = MANIFEST_FILE
     else:
-        parts = [(part["path"], part["bytes"]) for part in manifest["parts"]]
-        changed = _changed(output, parts) or _changed(
-            output, [(side, None) for part in manifest["parts"] for side in part["sides"]]
-        )
+        wanted = [(part["path"], part["bytes"]) for part in manifest["parts"]]
+        changed = _changed(output, wanted + [(side, None) for part in manifest["parts"] for side in part["sides"]])
     if changed:
         raise RunConflictError(
-            f"the run on {output} was finished, but {changed} is missing or changed since; restore it, or"
-            " make everything again with --new-run"
+            f"the run on {output} was finished, but {changed} is missing or changed since; restore it, or delete"
+            f" {SUCCESS_FILE} and {MANIFEST_FILE} and run the same command again, or start over with --new-run"
         )
     counts = COUNTS.validate_python(manifest["counts"])
     return Outcome("already done", output, f"nothing to do: this run is finished; see {output / REPORT_FILE}", counts)
@@ -289,7 +288,7 @@ def _without_nan(values: Mapping[str, object]) -> dict[str, object]:
 def _remove_orphans(run: FinishedRun) -> None:
     """Deletes what killed and losing attempts left: side files that no part names, and hidden half-written files."""
     named = {(run.output / path).uri for record in run.records.values() for path in record.side_paths}
-    sides = [file.location for folder in _SIDE_FOLDERS for file in list_files(run.output / folder)]
+    sides = [file.location for folder in SIDE_FOLDERS for file in list_files(run.output / folder)]
     results = [file.location for file in list_files(run.output / RESULTS_FOLDER)]
     orphans = [location for location in sides if location.uri not in named]
     delete([*orphans, *(location for location in results if re.fullmatch(r"\.part-.*\.tmp", location.name))])

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from pydantic import TypeAdapter, ValidationError
 
 from crossenc.errors import RunConflictError
-from pipelines.commit import Part, parse_footer
+from pipelines.commit import SIDE_FOLDERS, Part, parse_footer
 from pipelines.plan import RUN_FOLDER
 from pipelines.records import ShardRecord, StageSeconds
 from pipelines.schemas import means_damage
@@ -32,7 +32,10 @@ _RECORD = TypeAdapter(ShardRecord)
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """The committed parts of one folder by part id, and damaged objects that bear a part's name."""
+    """The committed parts of one folder by part id, and damaged objects that bear a part's name.
+
+    A part without a side file that its footer names counts as damaged: it has to be made again.
+    """
 
     parts: Mapping[str, tuple[FileInfo, Part]]
     damaged: tuple[Location, ...]
@@ -53,6 +56,8 @@ def read(output: Location, folder: str, part_ids: Collection[str], fingerprint: 
             )
     with ThreadPoolExecutor(32) as pool:
         footers = list(pool.map(_read_part, files))
+    # Listed after the parts: a side file is stored before the part that names it.
+    sides = {file.location.uri for side in SIDE_FOLDERS for file in list_files(output / side)} if files else set()
     parts: dict[str, tuple[FileInfo, Part]] = {}
     damaged = []
     for file, part in zip(files, footers, strict=True):
@@ -63,6 +68,8 @@ def read(output: Location, folder: str, part_ids: Collection[str], fingerprint: 
             raise RunConflictError(
                 f"{file.location} belongs to another run; choose another output, or start over with --new-run"
             )
+        elif any((output / path).uri not in sides for path in part.side_paths):
+            damaged.append(file.location)
         else:
             parts[part_id] = (file, part)
     return Ledger(parts, tuple(damaged))

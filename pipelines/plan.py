@@ -24,7 +24,7 @@ from pipelines.storage import FileInfo, Location, put_new, read_bytes
 #: Raised when the meaning of plan, results or fingerprint changes; part of every fingerprint.
 FORMAT = 1
 RUN_FOLDER = "_run"
-_PLAN_FILE = f"{RUN_FOLDER}/plan.json"
+PLAN_FILE = f"{RUN_FOLDER}/plan.json"
 _BUCKET_CANDIDATES = 1_000_000
 _MAX_BUCKETS = 256
 
@@ -142,7 +142,7 @@ def _cut(scan: FileScan, target: int, anywhere: bool) -> list[tuple[int, int, in
 
 def _next_cut(before: NDArray[np.int64], at_group: NDArray[np.bool_], at: int, target: int) -> int:
     sizes = np.array([target // 2, target, target + target // 2])
-    low, wanted, high = (before.searchsorted(before[at] + sizes, side="right") - 1).tolist()
+    low, wanted, high = (int(index) - 1 for index in before.searchsorted(before[at] + sizes, side="right"))
     near = np.flatnonzero(at_group[max(low, at + 1) : high + 1]) + max(low, at + 1)
     if len(near):
         return int(near[np.argmin(np.abs(near - wanted))])
@@ -171,7 +171,7 @@ def save(plan: Plan, output: Location) -> Plan:
     body: dict[str, Any] = {"format": FORMAT, "shards_file": shards_file, "shards_sha256": digest}
     body |= asdict(replace(plan, shards=()))
     del body["shards"]
-    put_new(output / _PLAN_FILE, json.dumps(body, indent=1, sort_keys=True).encode())
+    put_new(output / PLAN_FILE, json.dumps(body, indent=1, sort_keys=True).encode())
     stored = load(output)
     assert stored is not None, "the plan was just stored"
     return stored
@@ -180,7 +180,7 @@ def save(plan: Plan, output: Location) -> Plan:
 def load(output: Location) -> Plan | None:
     """The stored plan, or None. Raises RunConflictError where what is stored cannot be trusted."""
     try:
-        data = read_bytes(output / _PLAN_FILE)
+        data = read_bytes(output / PLAN_FILE)
     except FileNotFoundError:
         return None
     try:
@@ -203,7 +203,7 @@ def load(output: Location) -> Plan | None:
         return Plan(shards=tuple(Shard(**row) for row in rows), **body)
     except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
         raise RunConflictError(
-            f"{output / _PLAN_FILE} is not a plan of this version ({error}); start over with --new-run"
+            f"{output / PLAN_FILE} is not a plan of this version ({error}); start over with --new-run"
         ) from None
 
 

@@ -126,30 +126,40 @@ def rerank(
     with lease.hold(job.output, run.snapshot, run.lose, run.say) as epoch:
         if new_run:
             _remove_run(job.output)
-        if inputs is not None:
+        plan = plans.load(job.output)  # again: another run may have made one while this one waited for the lease
+        if plan is None:
             _check_empty(job.output)
+            inputs = inputs or scan(config, job.files)
             force = bool(config.interpolate and config.interpolate.fit)
             made = plans.make(inputs, job.parts, shard_candidates=config.shard_candidates, force_two_phase=force)
-            stored = plans.save(made, job.output)
-            plans.check_unchanged(stored.parts, job.parts, job.output)
-        assert stored is not None, "a plan was loaded or made"
-        return run.execute(stored, epoch)
+            plan = plans.save(made, job.output)
+        plans.check_unchanged(plan.parts, job.parts, job.output)
+        return run.execute(plan, epoch)
 
 
 def _check_empty(output: Location) -> None:
     for folder in (RESULTS_FOLDER, "quarantine", "completeness"):
         found = list_files(output / folder)
         if found:
-            raise RunConflictError(f"{output / folder} holds files but no run of ours; choose another output folder")
+            raise RunConflictError(
+                f"{output / folder} holds files but {output} no plan of a run; choose another output, or delete what is"
+                " there with --new-run"
+            )
 
 
 def _remove_run(output: Location) -> None:
-    """Deletes everything that runs write below `output`, but for the lease."""
+    """Deletes everything that runs write below `output`, but for the lease.
+
+    The marks of a finished run go first, the plan and its shards last: what a kill half-way leaves can be resumed.
+    """
     folders = (RESULTS_FOLDER, "quarantine", "completeness", "trec", RUN_FOLDER)
-    keep = (output / lease.LEASE_FOLDER).uri
     files = [file.location for folder in folders for file in list_files(output / folder)]
-    marks = [output / name for name in (finish.SUCCESS_FILE, finish.MANIFEST_FILE, finish.REPORT_FILE)]
-    delete([*marks, *(location for location in files if not location.uri.startswith(keep))])
+    plan, keep = output / plans.PLAN_FILE, (output / lease.LEASE_FOLDER).uri
+    shards = [location for location in files if location.name.startswith("shards-")]
+    delete([output / name for name in (finish.SUCCESS_FILE, finish.MANIFEST_FILE, finish.REPORT_FILE)])
+    delete([file for file in files if not file.uri.startswith(keep) and file not in (plan, *shards)])
+    delete([plan])
+    delete(shards)
 
 
 class _Stopped(Exception):

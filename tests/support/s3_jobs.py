@@ -3,7 +3,9 @@
 Knows the drivers, the layout of an output and any S3Server; knows nothing of what a test does to them.
 """
 
+import io
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,14 +13,35 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tests.support.collections import Collection, write_job
+from pipelines.config import RerankConfig
+from pipelines.rerank import rerank
+from tests.support.collections import Collection, make_collection, read_quarantine, read_results, write_job
+from tests.support.models import StumblingModel
 from tests.support.processes import DriverProcess
 from tests.support.rerank_driver import Drivers
 from tests.support.s3 import S3Server
 
 #: Settings of all jobs here: shards of a few queries, and an actor that fits beside other work.
 SETTINGS: Mapping[str, object] = {"shard_candidates": 40, "scoring": {"cpus_per_actor": 1}}
+#: Options of a driver: twenty shards of half a second, to be interrupted.
+SLOW = ("--set", "shard_candidates=10", "--seconds-per-pair", "0.05")
 _TABLES = ("results", "completeness", "quarantine")
+
+
+def collection_with_a_gap(folder: Path) -> Collection:
+    """Twenty queries with ten documents each, one of which is missing, so that there is something to refuse."""
+    pairs = make_collection(folder).pairs
+    texts = pairs.text.astype(object)
+    texts[3] = None
+    pairs["text"] = texts.where(pairs.doc_id != pairs.doc_id[3], None)
+    return Collection(pairs, folder)
+
+
+def run_on_disk(collection: Collection, layout: str, output: Path) -> dict[str, pa.Table]:
+    """The tables of the same job on a local disk, run by this process's Ray."""
+    config = RerankConfig(model="fake", output=str(output), **collection.write(layout), **SETTINGS)
+    rerank(config, connect=lambda: 2, stream=io.StringIO(), model=StumblingModel())
+    return tables(output)
 
 
 @dataclass
@@ -77,6 +100,13 @@ class S3Job:
         return self.folder / "copy"
 
 
+def succeeded(driver: DriverProcess) -> bool:
+    """Whether the driver ended with 0; what it said is shown otherwise."""
+    if driver.process.returncode != 0:
+        print(driver.tail())
+    return driver.process.returncode == 0
+
+
 def said(driver: DriverProcess) -> str:
     """Everything that the driver wrote to stdout and stderr."""
     return driver.stdout_path.read_text() + driver.stderr_path.read_text()
@@ -101,6 +131,12 @@ def _rows(folder: Path) -> pa.Table:
     parts = [pq.read_table(path).replace_schema_metadata(None) for path in sorted(folder.glob("*.parquet"))]
     rows = pa.concat_tables(parts)
     return rows.drop_columns([name for name in ("file",) if name in rows.column_names])
+
+
+def pairs_in(output: Path) -> Counter[tuple[str, str]]:
+    """How often each (query id, doc id) was ranked or refused."""
+    both = [read_results(output), read_quarantine(output)]
+    return Counter(pair for rows in both for pair in zip(rows.query_id, rows.doc_id, strict=True))
 
 
 def readable_text(output: Path) -> str:
