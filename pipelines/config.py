@@ -66,7 +66,7 @@ class RerankConfig(_Settings):
     max_text_bytes: Annotated[int, Field(ge=1, description="a longer query or document is refused")] = 4 * 2**20
     skip_bad_files: Annotated[bool, Field(description="go on without files that planning cannot read")] = False
     qrels: Annotated[str | None, Field(description="judgements; the report then shows before and after")] = None
-    trec_run: Annotated[bool, Field(description="also write run.trec")] = False
+    trec_run: Annotated[bool, Field(description="also write TREC run files, trec/part-*.run")] = False
     price_per_hour: Annotated[float | None, Field(ge=0, description="of the whole cluster, for the cost")] = None
     storage_options: Annotated[dict[str, Any], Field(repr=False, description="passed to the file system")] = {}
     drain_seconds: Annotated[float, Field(ge=0, description="time to finish shards in work after SIGTERM")] = 30

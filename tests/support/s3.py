@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -254,7 +255,15 @@ class CephServer(S3Server):
         return self._daemons[name]
 
     def _run(self, program: str, *args: str) -> str:
-        return _run([program, "-c", str(self.folder / "ceph.conf"), *args])
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                return _run([program, "-c", str(self.folder / "ceph.conf"), *args])
+            except RuntimeError as error:
+                # So says a monitor that has lost its quorum for a moment, as happens on a busy machine.
+                if "problem getting command descriptions" not in str(error) or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.5)
 
 
 def main() -> None:
