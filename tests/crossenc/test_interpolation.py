@@ -33,11 +33,7 @@ def test_equal_scores_become_zeros_even_where_their_mean_is_rounded():
 
 
 @settings(deadline=None)
-@given(
-    st.lists(
-        st.tuples(st.integers(0, 4), st.floats(-1e30, 1e30, allow_subnormal=True)), min_size=1, max_size=40
-    )
-)
+@given(st.lists(st.tuples(st.integers(0, 4), st.floats(-1e30, 1e30, allow_subnormal=True)), min_size=1, max_size=40))
 def test_a_normalised_group_has_mean_zero_and_deviation_one_or_is_all_zeros(rows):
     group, scores = groups(*(row[0] for row in rows)), column(*(row[1] for row in rows))
     z = z_normalise(scores, group)
@@ -87,9 +83,7 @@ def test_the_fitted_weight_is_the_best_of_the_grid():
     fitted = fit_weight(**MIXED, qrels=MIXED_QRELS)
     values = dict(fitted.values_by_weight)
     assert tuple(values) == WEIGHTS
-    assert (
-        values[0.0] == values[1.0] == pytest.approx((1 + 1 / log2(3)) / 2)
-    )  # each alone has one query right
+    assert values[0.0] == values[1.0] == pytest.approx((1 + 1 / log2(3)) / 2)  # each alone has one query right
     assert fitted.value == 1.0 and 0 < fitted.weight < 1
     # q1 turns where weight times the model's gap, (0.9 - 0.8) / std(0.9, 0.8, 0), is no longer below
     # (1 - weight) times the first stage's, (9 - 5) / std(5, 9, 0)

@@ -90,9 +90,7 @@ def test_the_t_test_agrees_with_scipy():
     rng = np.random.default_rng(2)
     for num_queries in (2, 3, 30, 1000):
         before, after = rng.random(num_queries), rng.random(num_queries)
-        assert paired_comparison(before, after).p_t == pytest.approx(
-            stats.ttest_rel(after, before).pvalue, rel=1e-9
-        )
+        assert paired_comparison(before, after).p_t == pytest.approx(stats.ttest_rel(after, before).pvalue, rel=1e-9)
 
 
 def test_the_interval_is_the_percentile_bootstrap_of_the_mean():

@@ -118,9 +118,7 @@ def test_reset_after_loses_only_the_answer(once, moto, bucket, proxy):
 
 
 @pytest.mark.parametrize(("fault", "statuses"), [("reset_after", [200, 412]), ("duplicate", [412])])
-def test_a_create_that_is_delivered_twice_says_exists_of_its_own_object(
-    fault, statuses, fs, moto, bucket, proxy
-):
+def test_a_create_that_is_delivered_twice_says_exists_of_its_own_object(fault, statuses, fs, moto, bucket, proxy):
     proxy.add(Rule(fault, method="PUT", path="/record"))
     with pytest.raises(FileExistsError):
         fs.pipe_file(f"{bucket}/record", b"mine", mode="create")
