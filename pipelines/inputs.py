@@ -21,7 +21,7 @@ from crossenc.errors import InputError
 from pipelines import layout as layouts
 from pipelines.config import RerankConfig
 from pipelines.layout import Columns
-from pipelines.storage import FileInfo, expand, locate, open_input, redact
+from pipelines.storage import FileInfo, expand, info, locate, open_input, redact
 
 T = TypeVar("T")
 
@@ -174,6 +174,17 @@ def is_damage(error: Exception) -> bool:
     if isinstance(error, OSError):  # Arrow's own ones, for a damaged page, have no number; a disk's have
         return type(error) is OSError and error.errno is None
     return isinstance(error, pa.ArrowException | UnicodeDecodeError) and not isinstance(error, MemoryError)
+
+
+def check_unchanged(planned: FileInfo) -> None:
+    """Raises InputError unless the file is still the one that the plan was made for."""
+    now = info(planned.location)
+    if now is None or (now.num_bytes, now.version) != (planned.num_bytes, planned.version):
+        state = "is gone" if now is None else "has changed"
+        raise InputError(
+            f"{planned.location} {state} since the run was planned; restore it and run the same command again,"
+            " or start over with --new-run"
+        )
 
 
 def first_line(error: BaseException) -> str:

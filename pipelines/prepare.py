@@ -16,12 +16,12 @@ import pyarrow.parquet as pq
 from crossenc.errors import InputError
 from crossenc.records import TokenizedPairs
 from pipelines import rows as candidate_rows
-from pipelines.inputs import first_line, is_damage, read_batches
+from pipelines.inputs import check_unchanged, first_line, is_damage, read_batches
 from pipelines.layout import Columns, is_list
 from pipelines.plan import InputFile, Shard
 from pipelines.rows import CheckedRows
 from pipelines.schemas import TOKEN_FIELDS, thin_schema
-from pipelines.storage import FileInfo, info, locate, open_input, redact
+from pipelines.storage import FileInfo, locate, open_input, redact
 from pipelines.texts import TextTable, open_store
 
 _BATCH_CANDIDATES = 4096
@@ -65,18 +65,18 @@ def prepare(shard: Shard, file: InputFile, settings: ReadSettings, tokenizer: To
     """
     started = time.perf_counter()
     source = FileInfo(locate(file.uri, settings.storage_options), file.num_bytes, file.version)
-    _check_unchanged(source)
+    check_unchanged(source)
     try:
-        parts, tokenise_seconds = _tables(source, shard, settings, tokenizer)
-    except _DamagedError:
-        try:
-            parts, tokenise_seconds = _tables(source, shard, settings, tokenizer)
-        except _DamagedError as damage:
-            parts, tokenise_seconds = [_unreadable(shard, str(damage))], 0.0
+        for _ in range(2):
+            try:
+                parts, tokenise_seconds = _tables(source, shard, settings, tokenizer)
+                break
+            except _DamagedError as damage:
+                parts, tokenise_seconds = [_unreadable(shard, str(damage))], 0.0
     except FileNotFoundError:
-        _check_unchanged(source)  # says what is wrong, unless the file has come back
+        check_unchanged(source)  # says what is wrong, unless the file has come back
         raise
-    _check_unchanged(source)
+    check_unchanged(source)
     rows = _concat(parts, settings.pass_through)
     elapsed = time.perf_counter() - started
     return PreparedShard(rows, elapsed - tokenise_seconds, tokenise_seconds)
@@ -99,16 +99,6 @@ def _tables(
     return parts, tokenise_seconds
 
 
-def _check_unchanged(planned: FileInfo) -> None:
-    now = info(planned.location)
-    if now is None or (now.num_bytes, now.version) != (planned.num_bytes, planned.version):
-        state = "is gone" if now is None else "has changed"
-        raise InputError(
-            f"{planned.location} {state} since the run was planned; restore it and run the same command again,"
-            " or start over with --new-run"
-        )
-
-
 def _checked_batches(source: FileInfo, shard: Shard, settings: ReadSettings) -> Iterator[CheckedRows]:
     limit = settings.max_text_bytes
     queries = open_store(settings.queries, settings.cache, limit) if settings.queries else None
@@ -122,7 +112,7 @@ def _checked_batches(source: FileInfo, shard: Shard, settings: ReadSettings) -> 
                 max_text_bytes=limit,
                 needs_score=settings.needs_score,
             )
-        except (InputError, pa.ArrowException) as error:
+        except (InputError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             last_row = first_row + batch.num_rows - 1
             raise InputError(f"{source.location}, rows {first_row} to {last_row}: {first_line(error)}") from None
 

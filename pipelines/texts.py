@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from crossenc.errors import InputError
 from pipelines import layout as layouts
-from pipelines.inputs import hash_ids, naming_damage, read_batches, read_footer
+from pipelines.inputs import check_unchanged, hash_ids, naming_damage, read_batches, read_footer
 from pipelines.storage import FileInfo, expand, locate, open_input
 
 #: Part of a store's name: a store of another format is another store.
@@ -174,6 +174,7 @@ def _read(table: TextTable) -> Iterator[pa.RecordBatch]:
     for file in table.files:
         with naming_damage(f"{file.location}, the {table.kind} table, cannot be read"), open_input(file) as source:
             yield from read_batches(source, pq.read_metadata(source), columns, columns, max_rows=_BATCH_ROWS)
+        check_unchanged(file)  # or another content would bear the name of the planned one
 
 
 def _append(out: BinaryIO, ids: Sequence[bytes], texts: Sequence[Text]) -> NDArray[np.int64]:

@@ -58,7 +58,7 @@ def _show_collection(console: Console, collection: Collection) -> None:
     console.print(
         f"{collection.num_documents:,} documents; {collection.num_training_pairs:,} training pairs,"
         f" {collection.num_dev_queries:,} dev and {collection.num_test_queries:,} test queries, from disjoint modules"
-        f" of Python {sys.version.split()[0]} (training has other packages too)",
+        f" of Python {sys.version.split()[0]}",
         soft_wrap=True,
     )
 

@@ -207,6 +207,15 @@ def test_a_type_nested_ninety_deep_that_is_not_read_is_no_problem(tmp_path):
     assert len(_scan(str(tmp_path)).scans) == 1
 
 
+def test_a_stored_schema_of_garbage_is_refused_by_name(tmp_path):
+    path = tmp_path / "a.parquet"
+    write(path, as_pairs(TWO_QUERIES))
+    stored = pq.read_metadata(path).metadata[b"ARROW:schema"]
+    path.write_bytes(path.read_bytes().replace(stored, b"x" * len(stored)))
+    with pytest.raises(InputError, match=r"a\.parquet is not a sound Parquet file"):
+        _scan(str(tmp_path))
+
+
 def test_too_many_row_groups_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(inputs, "_MAX_ROW_GROUPS", 4)
     write(tmp_path / "a.parquet", as_pairs(TWO_QUERIES), row_group_size=1)

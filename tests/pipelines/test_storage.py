@@ -491,8 +491,9 @@ def test_a_store_that_keeps_refusing_ends_in_an_error_that_says_what_to_do(proxy
         lambda: probe(locate(f"s3://{bucket}/folder")),
     ]
     for work in [*patient, *(quick if rule.status in (403, 411) else [])]:
-        with pytest.raises(StorageError, match=says):
+        with pytest.raises(StorageError, match=says) as failed:
             work()
+        assert os.environ["AWS_SECRET_ACCESS_KEY"] not in str(failed.value)
 
 
 def test_an_outage_shorter_than_the_limit_is_survived_with_one_put_of_content(moto, proxy, bucket):

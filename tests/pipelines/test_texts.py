@@ -208,6 +208,14 @@ def test_a_damaged_table_is_an_error_and_not_a_store(tmp_path):
     assert not (tmp_path / "cache" / "texts" / f"{table.digest}-{LIMIT}").exists()
 
 
+def test_a_table_that_changed_since_it_was_found_is_not_stored_under_its_old_name(tmp_path):
+    table = _table(tmp_path, doc_id=["a"], text=["before"])
+    _table(tmp_path, doc_id=["a"], text=["after that"])
+    with pytest.raises(InputError, match=r"t\.parquet has changed since the run was planned"):
+        open_store(table, tmp_path / "cache", LIMIT)
+    assert not (tmp_path / "cache" / "texts" / f"{table.digest}-{LIMIT}").exists()
+
+
 def test_the_cache_is_in_the_home_folder_unless_the_environment_names_another(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", "/somebody")
     assert default_cache() == Path("/somebody/.cache/crossenc")
