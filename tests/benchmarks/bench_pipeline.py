@@ -11,7 +11,6 @@ import contextlib
 import io
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from pipelines.config import RerankConfig
 from pipelines.model import Model
 from pipelines.rerank import rerank
 from pipelines.testing import FakeModel
+from tests.support.processes import peak_memory_bytes
 
 DEPTH = 50
 
@@ -220,7 +220,7 @@ def _one_scale(path: Path, num_pairs: int, num_shards: int) -> dict[str, float]:
         "ms a shard": seconds / len(plan.shards) * 1e3,
         "plan s": plan_seconds,
         "list s": list_seconds,
-        "peak driver MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak driver MB": peak_memory_bytes() / 2**20,
     }
 
 

@@ -15,7 +15,7 @@ from pipelines import status
 from tests.support.collections import make_collection, part_bytes, parts, visible_files, with_bad_rows, write_job
 from tests.support.filesystems import small_disk
 from tests.support.models import NAN
-from tests.support.processes import DriverProcess, wait_for
+from tests.support.processes import DriverProcess, ray_workers
 from tests.support.rerank_driver import Drivers, drivers
 
 pytestmark = pytest.mark.timeout(900)
@@ -131,8 +131,7 @@ def test_a_driver_told_to_stop_finishes_what_is_in_work_and_says_how_to_resume(s
 def test_a_second_sigterm_ends_the_driver_at_once(scene, starter, tmp_path):
     output = tmp_path / "out"
     driver = starter.start(scene.job(tmp_path), "--seconds-per-pair", "3")  # one shard takes a minute
-    driver.wait_until(lambda: bool(stderr_events(driver)), 200)
-    wait_for(lambda: any("ScoreShards" in " ".join(p.cmdline()) for p in driver.remember_descendants()), 200, "scoring")
+    driver.wait_until(lambda: bool(ray_workers(driver.pid, "ScoreShards")), 200)
     driver.terminate()
     driver.wait_until(lambda: "stopping" in messages(driver), 60)
     driver.terminate()
@@ -142,7 +141,7 @@ def test_a_second_sigterm_ends_the_driver_at_once(scene, starter, tmp_path):
 
 def test_a_drain_that_takes_too_long_is_cut_short(scene, starter, tmp_path):
     driver = starter.start(scene.job(tmp_path, drain_seconds=1), "--seconds-per-pair", "3")
-    wait_for(lambda: any("ScoreShards" in " ".join(p.cmdline()) for p in driver.remember_descendants()), 200, "scoring")
+    driver.wait_until(lambda: bool(ray_workers(driver.pid, "ScoreShards")), 200)
     driver.terminate()
     assert driver.wait(60) == 75, driver.tail()
     assert "stopped; run the same command again to resume" in driver.stdout_path.read_text()
@@ -153,7 +152,7 @@ def test_sigterm_before_the_cluster_is_up_ends_the_driver_as_resumable(scene, st
     driver.wait_until(lambda: (tmp_path / "out" / "_run" / "plan.json").exists(), 200)
     driver.terminate()
     assert driver.wait(60) == 75, driver.tail()
-    assert stderr_events(driver) is not None
+    stderr_events(driver)
     assert "resume" in driver.tail()
 
 

@@ -324,12 +324,13 @@ def test_an_object_that_changes_while_it_is_read_is_refused(stored, moto, tmp_pa
 # --- files made to harm
 
 _REPORT_PEAK = """
-import json, resource, sys
+import json, sys
 from pathlib import Path
+from tests.support.processes import peak_memory_bytes
 from tests.pipelines.support import job, prepared
 rows = prepared(job(**json.loads(sys.argv[1])), Path(sys.argv[2]))
 reasons = rows.column("reason").to_pylist()
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = peak_memory_bytes()
 print(json.dumps({"num_rows": len(reasons), "reasons": sorted(set(map(str, reasons))), "peak_bytes": peak}))
 """
 

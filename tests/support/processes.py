@@ -170,3 +170,9 @@ def _kill(process: psutil.Process) -> None:
         process.send_signal(signal.SIGKILL)
     except psutil.NoSuchProcess:
         return  # it ended by itself in the meantime
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process has held. (Its ru_maxrss would start at that of whoever started it.)"""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
