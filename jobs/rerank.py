@@ -26,12 +26,11 @@ def run(
 ) -> int:
     """Runs the job file and returns the exit code. `model` replaces the one that the file names."""
 
-    def body() -> int:
+    def body(stop: runtime.StopSignal) -> int:
         config = job_config.load(RerankConfig, job, overrides)
         if dry_run:
             _show_estimate(config, estimate(config, model))
             return runtime.DONE
-        stop = runtime.StopSignal()
         with runtime.disconnected_at_end():
             outcome = rerank(
                 config,

@@ -8,11 +8,13 @@ import logging
 import math
 import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 import ray
 
@@ -29,26 +31,63 @@ _UNSAFE = ("RAY_DATA_AUTOLOAD_PICKLE_OBJECT_SCALAR", "RAY_DATA_AUTOLOAD_CLOUDPIC
 
 
 class StopSignal:
-    """Remembers that the process was asked to stop; a second request ends it at once."""
+    """Remembers that SIGTERM or SIGINT asked this process to stop; a second request ends it at once.
+
+    Until `drain` is called there is nothing to drain, and the first request interrupts as well. An interruption alone
+    would not do: an exception that a signal raises inside a finaliser or a fork hook is lost.
+    """
 
     def __init__(self) -> None:
         self._event = threading.Event()
+        self._interrupts = True
 
     def __call__(self) -> bool:
         return self._event.is_set()
 
-    def handle(self, number: int, frame: FrameType | None) -> None:
+    def drain(self) -> None:
+        """From now on a request is only remembered. Raises KeyboardInterrupt if there was one."""
+        self._interrupts = False
+        if self():
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def handling(self) -> Iterator[None]:
+        """Handles the signals while the block runs."""
+        previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def handling_again_after(self) -> Iterator[None]:
+        """Takes the signals back from a block that replaces their handlers, and remembers those that came meanwhile."""
+        reader, writer = socket.socketpair()
+        reader.setblocking(False)
+        writer.setblocking(False)
+        with reader, writer:
+            outer = signal.set_wakeup_fd(writer.fileno())  # Python writes a signal's number there, whoever handles it
+            try:
+                yield
+            finally:
+                signal.set_wakeup_fd(outer)
+                for number in (signal.SIGTERM, signal.SIGINT):
+                    signal.signal(number, self._handle)
+                with contextlib.suppress(BlockingIOError):
+                    if {signal.SIGTERM, signal.SIGINT} & set(reader.recv(4096)):
+                        self._event.set()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._event.is_set():
             os._exit(RESUMABLE)
         self._event.set()
+        if self._interrupts:
+            raise KeyboardInterrupt
 
 
 def prepare() -> None:
-    """Quiets the libraries and refuses an environment in which reading data could run code.
-
-    Until Ray runs there is nothing to drain: SIGTERM then interrupts, as SIGINT does.
-    """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Quiets the libraries and refuses an environment in which reading data could run code."""
     for name in _UNSAFE:
         if os.environ.get(name, "0").lower() not in ("", "0", "false"):
             raise ConfigError(f"{name} lets Parquet files run code when they are read; unset it")
@@ -64,29 +103,32 @@ def prepare() -> None:
 def connect(config: RerankConfig, stop: StopSignal) -> int:
     """Connects to the cluster that the job or RAY_ADDRESS names, or starts a local one; returns a node's cores.
 
-    The handlers for SIGTERM and SIGINT are set here, because starting Ray replaces them. Raises ConfigError where
-    this machine, as a local cluster, lacks the GPUs that the job asks for.
+    Raises ConfigError where this machine, as a local cluster, lacks the GPUs that the job asks for, and
+    KeyboardInterrupt where the process was asked to stop meanwhile.
     """
     if ray.is_initialized():  # the second phase of a run asks again
         return _cores()
     address = config.ray_address or os.environ.get("RAY_ADDRESS")
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address:
-        with _without_log_level_line():
-            ray.init(address=address, **quiet)
+        _start_ray(stop, address=address, **quiet)
     else:
         # CPUs are only counted, not bound: with one to spare, reading and writing find room beside scoring.
         num_cpus = math.ceil(execute.needs(config, _cores())["CPU"]) + 1
-        with _without_log_level_line():
-            ray.init(address="local", num_cpus=max(num_cpus, _cores()), include_dashboard=False, **quiet)
+        _start_ray(stop, address="local", num_cpus=max(num_cpus, _cores()), include_dashboard=False, **quiet)
         shortage = execute.describe_shortage(config, _cores())
         if shortage:
             raise ConfigError(f"{shortage} on this machine; lower scoring.actors or scoring.gpus_per_actor")
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    signal.signal(signal.SIGTERM, stop.handle)
-    signal.signal(signal.SIGINT, stop.handle)
+    stop.drain()
     return _cores()
+
+
+def _start_ray(stop: StopSignal, **arguments: Any) -> None:
+    """Calls ray.init, which leaves behind a handler of its own for SIGTERM."""
+    with _without_log_level_line(), stop.handling_again_after():
+        ray.init(**arguments)
 
 
 @contextlib.contextmanager
@@ -118,11 +160,13 @@ def disconnected_at_end() -> Iterator[None]:
         ray.shutdown()
 
 
-def run(job: Callable[[], int]) -> int:
+def run(job: Callable[[StopSignal], int]) -> int:
     """Runs a job and turns its errors into a message and an exit code."""
+    stop = StopSignal()
     try:
-        prepare()
-        return job()
+        with stop.handling():
+            prepare()
+            return job(stop)
     except (InputError, RunConflictError) as error:
         return _report(error, BAD_INPUT)
     except CrossEncError as error:

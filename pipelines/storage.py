@@ -213,8 +213,12 @@ def _is_transient(error: Exception) -> bool:
         return False
     if isinstance(error, OSError):
         return error.errno not in _PERMANENT_ERRNOS and _http_status(error) not in _PERMANENT_STATUSES
-    module = type(error).__module__.partition(".")[0]
-    return module in _CLIENT_MODULES and type(error).__name__ not in _PERMANENT_CLIENT_ERRORS
+    return _is_of_store(error) and type(error).__name__ not in _PERMANENT_CLIENT_ERRORS
+
+
+def _is_of_store(error: Exception) -> bool:
+    """Whether a disk or a store's client raised it, and not a mistake in our code."""
+    return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _CLIENT_MODULES
 
 
 def _http_status(error: BaseException) -> int | None:
@@ -237,7 +241,7 @@ def _retrying(operation: Callable[[AbstractFileSystem], T], location: Location, 
             if isinstance(error, FileNotFoundError | FileExistsError):
                 raise
             if not _is_transient(error):
-                if isinstance(error, OSError) or type(error).__module__.startswith(_CLIENT_MODULES):
+                if _is_of_store(error):
                     raise _storage_error(error, location, doing) from None
                 raise
             if time.monotonic() + pause > deadline:
@@ -256,6 +260,8 @@ def _storage_error(error: Exception, location: Location, doing: str, note: str =
         hint = "check the credentials and the rights on this place, then run the same command again"
     elif isinstance(error, FileNotFoundError):
         hint = "check that the bucket or the folder exists, then run the same command again"
+    elif type(error).__name__ in _PERMANENT_CLIENT_ERRORS:
+        hint = "check the credentials and the region that are set here, then run the same command again"
     elif _http_status(error) == 411:
         hint = "set AWS_REQUEST_CHECKSUM_CALCULATION=when_required for this store and run the same command again"
     else:
@@ -466,7 +472,7 @@ def _try_create(location: Location, data: bytes) -> Exception | None:
             if info(location) is None:  # the store has no create-only PUT; the lease is then the only guard
                 put(location, data)
             return None
-        if not _is_transient(error) and not isinstance(error, OSError):
+        if not _is_of_store(error):
             raise
         return error
     return None

@@ -29,7 +29,7 @@ def commands(prefix: str) -> list[str]:
 def workplace(tmp_path_factory) -> Path:
     """A folder as the README assumes it: candidates, a model and the job file."""
     folder = tmp_path_factory.mktemp("readme")
-    tiny_checkpoint(folder / "my-model")
+    tiny_checkpoint(folder / "my-model", max_length=512)
     make_collection(folder, num_queries=5).pairs.to_parquet(folder / "candidates.parquet", index=False)
     (folder / "rerank.yaml").write_text(blocks("yaml")[0])
     return folder

@@ -64,7 +64,7 @@ def starter(tmp_path: Path) -> Iterator[Drivers]:
 
 def stderr_events(driver: DriverProcess) -> list[dict[str, object]]:
     """The JSON lines on a driver's stderr; every other line must be its one error."""
-    lines = driver.stderr_path.read_text().splitlines()
+    lines = [line for line in driver.stderr_path.read_text().splitlines(keepends=True) if line.endswith("\n")]
     errors = [line for line in lines if not line.startswith("{")]
     assert all(line.startswith("error: ") for line in errors), errors
     return [json.loads(line) for line in lines if line.startswith("{")]

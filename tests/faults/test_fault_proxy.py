@@ -191,6 +191,13 @@ def test_a_rule_lets_skip_requests_pass_and_hits_the_next_times(once, bucket, pr
     assert proxy.count("PUT", "/key") == 4
 
 
+def test_a_rule_with_a_header_hits_only_what_carries_its_header(once, bucket, proxy):
+    proxy.add(Rule("status", header="If-None-Match", status=501))
+    once.put_object(Bucket=bucket, Key="key", Body=b"")
+    with pytest.raises(ClientError, match="NotImplemented"):
+        once.put_object(Bucket=bucket, Key="key", Body=b"", IfNoneMatch="*")
+
+
 def test_the_same_seed_hits_the_same_requests(once, bucket, proxy):
     def hits(seed: int) -> list[bool]:
         proxy.clear()

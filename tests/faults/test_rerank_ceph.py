@@ -3,8 +3,10 @@
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 
+import pyarrow as pa
 import pytest
 
 from tests.support.collections import Collection
@@ -13,6 +15,7 @@ from tests.support.s3_jobs import (
     SLOW,
     S3Job,
     collection_with_a_gap,
+    kill_after,
     messages,
     pairs_in,
     run_on_disk,
@@ -30,8 +33,9 @@ def collection(tmp_path_factory) -> Collection:
 
 
 @pytest.fixture(scope="module")
-def on_disk(collection, ray_cluster, tmp_path_factory):
-    return run_on_disk(collection, "pairs", tmp_path_factory.mktemp("disk") / "out")
+def on_disk(collection, ray_cluster, tmp_path_factory) -> Callable[[str], dict[str, pa.Table]]:
+    """The tables of a run on a local disk, by layout."""
+    return cache(lambda layout: run_on_disk(collection, layout, tmp_path_factory.mktemp("disk") / "out"))
 
 
 @pytest.fixture
@@ -41,11 +45,11 @@ def job(ceph, tmp_path) -> Iterator[S3Job]:
 
 
 def test_a_run_on_ceph_gives_what_a_local_disk_gives_and_is_left_alone_afterwards(job, collection, on_disk):
-    path = job.write(collection, "pairs")
+    path = job.write(collection, "shuffled")
     driver = job.run(path)
     assert succeeded(driver)
     assert messages(driver) == []  # creating is atomic there: nothing to warn of
-    assert tables(job.download()) == on_disk
+    assert tables(job.download()) == on_disk("shuffled")
     stored = job.objects()
     again = job.run(path)
     assert succeeded(again) and "nothing to do: this run is finished" in said(again)
@@ -64,15 +68,11 @@ def test_a_wrong_secret_is_reported_before_any_work_and_not_shown(job, collectio
 
 def test_a_run_on_ceph_whose_driver_is_killed_goes_on_where_it_was(job, collection, on_disk):
     path = job.write(collection, "pairs")
-    with job.start(path, *SLOW) as driver:
-        driver.wait_until(lambda: len(job.objects("results/")) > 2, 120)
-        driver.kill9()
-    done = job.objects("results/")
-    assert len(done) < 20
+    done = kill_after(job, path, num_parts=3)
     assert succeeded(job.run(path, *SLOW))
     assert done.items() < job.objects("results/").items()
     output = job.download()
-    assert tables(output) == on_disk
+    assert tables(output) == on_disk("pairs")
     assert pairs_in(output) == Counter(zip(collection.pairs.query_id, collection.pairs.doc_id, strict=True))
 
 
@@ -95,5 +95,5 @@ def test_a_run_outlives_the_death_of_the_whole_store(job, ceph, collection, on_d
         assert succeeded(job.run(path, *SLOW))
     assert done.items() <= job.objects("results/").items()
     output = job.download()
-    assert tables(output) == on_disk
+    assert tables(output) == on_disk("pairs")
     assert pairs_in(output) == Counter(zip(collection.pairs.query_id, collection.pairs.doc_id, strict=True))

@@ -4,6 +4,7 @@ Every run is compared with a run of the same job on a local disk. Candidates are
 nothing else.
 """
 
+import re
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,9 +15,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import yaml
+from s3fs import S3FileSystem
 
 from crossenc import CrossEncoder
+from crossenc.errors import StorageError
 from crossenc.testing import tiny_checkpoint
+from pipelines.storage import info, list_files, locate, put, put_new, read_bytes
 from tests.support.collections import Collection, read_quarantine, read_results
 from tests.support.fault_proxy import FaultProxy, Rule
 from tests.support.rerank_driver import drivers
@@ -24,6 +28,7 @@ from tests.support.s3_jobs import (
     SLOW,
     S3Job,
     collection_with_a_gap,
+    kill_after,
     messages,
     pairs_in,
     readable_text,
@@ -32,6 +37,9 @@ from tests.support.s3_jobs import (
     succeeded,
     tables,
 )
+
+#: Each test starts a Ray or several, which takes 15 s or, on a busy machine, a minute.
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
@@ -59,27 +67,26 @@ def proxy(moto, job) -> Iterator[FaultProxy]:
         yield proxy
 
 
-def test_queries_that_are_spread_over_files_are_ranked_as_on_a_local_disk(job, collection, on_disk):
-    assert succeeded(job.run(job.write(collection, "shuffled")))
-    assert tables(job.download()) == on_disk("shuffled")
-
-
-def test_a_run_whose_driver_is_killed_twice_ends_as_if_nothing_had_happened(job, collection, on_disk):
+def test_a_run_that_an_outage_ends_and_then_a_kill_still_does_everything_once(job, collection, proxy, on_disk):
     path = job.write(collection, "pairs")
-    done: dict[str, str] = {}
-    for _ in range(2):
-        num_done = len(done)
-        with job.start(path, *SLOW) as driver:
-            driver.wait_until(lambda num=num_done: len(job.objects("results/")) > num + 2, 90)
-            driver.kill9()
-        before, done = done, job.objects("results/")
-        assert before.items() <= done.items()
-        assert len(done) < 20
+    job.env["AWS_SECRET_ACCESS_KEY"] = "canary/Secret+Value0"
+    with job.start(path, *SLOW, "--retry-seconds", "2") as driver:
+        driver.wait_until(lambda: len(job.objects("results/")) >= 2, 120)
+        proxy.add(Rule("reset_before", times=None))
+        assert driver.wait(120) == 1, driver.tail()
+    error = said(driver).splitlines()[-1]
+    assert error.startswith("error: could not") and "run the same command again" in error
+    assert "canary" not in said(driver)
+    after_outage = job.objects("results/")
+    proxy.clear()
+    after_kill = kill_after(job, path, num_parts=len(after_outage) + 2)
+    assert after_outage.items() < after_kill.items()
     assert succeeded(job.run(path, *SLOW))
-    assert done.items() < job.objects("results/").items()
+    assert after_kill.items() < job.objects("results/").items()
     output = job.download()
     assert tables(output) == on_disk("pairs")
     assert pairs_in(output) == Counter(zip(collection.pairs.query_id, collection.pairs.doc_id, strict=True))
+    assert "canary" not in readable_text(output)
     stored = job.objects()
     again = job.run(path, *SLOW)
     assert succeeded(again) and "nothing to do: this run is finished" in said(again)
@@ -88,8 +95,25 @@ def test_a_run_whose_driver_is_killed_twice_ends_as_if_nothing_had_happened(job,
     assert "finished" in said(status) and "20 of 20" in said(status)
 
 
-def test_a_storm_of_storage_faults_changes_nothing(job, collection, proxy, on_disk):
+@pytest.mark.faults
+def test_a_run_whose_driver_is_killed_again_and_again_does_everything_once(job, collection, on_disk):
+    path = job.write(collection, "shuffled")
+    done: dict[str, str] = {}
+    for _ in range(3):
+        before, done = done, kill_after(job, path, num_parts=len(done) + 2, folder="_run/scored/")
+        assert before.items() < done.items()
+    assert succeeded(job.run(path, *SLOW))
+    assert done.items() < job.objects("_run/scored/").items()
+    output = job.download()
+    assert tables(output) == on_disk("shuffled")
+    assert pairs_in(output) == Counter(zip(collection.pairs.query_id, collection.pairs.doc_id, strict=True))
+
+
+def test_a_storm_of_faults_and_lost_answers_to_every_creation_change_nothing(job, collection, proxy, on_disk):
     path = job.write(collection, "pairs")
+    created = (r"/epoch-000001\.json", r"/plan\.json", r"/results/part-000000-[0-9a-f]+\.parquet", r"/_manifest\.json")
+    for place in created:
+        proxy.add(Rule("reset_after", method="PUT", path=place))
     proxy.add(Rule("status", times=None, probability=0.05, seed=1))
     proxy.add(Rule("reset_before", times=None, probability=0.05, seed=2))
     proxy.add(Rule("reset_after", method="PUT", times=None, probability=0.15, seed=3))
@@ -98,6 +122,9 @@ def test_a_storm_of_storage_faults_changes_nothing(job, collection, proxy, on_di
     proxy.add(Rule("short", method="GET", times=None, probability=0.1, seed=6))
     assert succeeded(job.run(path))
     assert tables(job.download()) == on_disk("pairs")
+    for place in created:  # each was stored by the request whose answer was lost
+        puts = [seen for seen in proxy.requests if seen.method == "PUT" and re.search(place, seen.path)]
+        assert (puts[0].fault, puts[0].status) == ("reset_after", 200)
     met = Counter(seen.fault for seen in proxy.requests)
     assert min(met[fault] for fault in ("status", "reset_before", "reset_after", "duplicate", "truncate", "short")) > 0
     for part in job.objects("results/"):
@@ -107,37 +134,6 @@ def test_a_storm_of_storage_faults_changes_nothing(job, collection, proxy, on_di
         assert num_created == 1 or (num_created == 0 and any(seen.fault == "duplicate" for seen in puts))
 
 
-def test_a_lost_answer_to_the_creation_of_plan_part_or_manifest_is_no_failure(job, collection, proxy, on_disk):
-    path = job.write(collection, "pairs")
-    created = (r"/epoch-000001\.json", r"/plan\.json", r"/results/part-000000-[0-9a-f]+\.parquet", r"/_manifest\.json")
-    for place in created:
-        proxy.add(Rule("reset_after", method="PUT", path=place))
-    assert succeeded(job.run(path))
-    assert tables(job.download()) == on_disk("pairs")
-    assert [seen.status for seen in proxy.requests if seen.fault == "reset_after"] == [200] * len(created)
-
-
-def test_an_outage_beyond_the_retry_limit_ends_with_advice_and_the_rerun_completes(job, collection, proxy, on_disk):
-    path = job.write(collection, "pairs")
-    job.env["AWS_SECRET_ACCESS_KEY"] = "canary/Secret+Value0"
-    with job.start(path, *SLOW, "--retry-seconds", "2") as driver:
-        driver.wait_until(lambda: len(job.objects("results/")) >= 2, 90)
-        proxy.add(Rule("reset_before", times=None))
-        code = driver.wait(120)
-    assert code == 1, driver.tail()
-    error = said(driver).splitlines()[-1]
-    assert error.startswith("error: could not") and "run the same command again" in error
-    assert "canary" not in said(driver)
-    done = job.objects("results/")
-    assert 2 <= len(done) < 20
-    proxy.clear()
-    assert succeeded(job.run(path, *SLOW))
-    assert done.items() < job.objects("results/").items()
-    output = job.download()
-    assert tables(output) == on_disk("pairs")
-    assert "canary" not in readable_text(output)
-
-
 def test_refused_credentials_are_reported_before_any_work(job, collection, proxy):
     path = job.write(collection, "pairs")
     proxy.add(Rule("status", status=403, times=None))
@@ -145,6 +141,18 @@ def test_refused_credentials_are_reported_before_any_work(job, collection, proxy
     assert driver.process.returncode == 1
     assert "check the credentials and the rights on this place" in said(driver)
     assert job.objects() == {}
+
+
+def test_missing_credentials_are_a_storage_error_with_advice_whatever_is_done(s3_bucket, monkeypatch, tmp_path):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    S3FileSystem.clear_instance_cache()
+    place = locate(f"s3://{s3_bucket}/key")
+    for operation in (read_bytes, info, list_files, lambda key: put(key, b""), lambda key: put_new(key, b"")):
+        with pytest.raises(StorageError, match=r"Unable to locate credentials; check the credentials .* run the same"):
+            operation(place)
 
 
 def test_a_bucket_that_is_missing_is_named_before_any_work(job, collection):
@@ -158,35 +166,28 @@ def test_a_bucket_that_is_missing_is_named_before_any_work(job, collection):
     assert "shards" not in said(driver)
 
 
-def test_a_store_without_create_only_puts_is_warned_of_and_serves(job, collection, proxy, on_disk):
-    path = job.write(collection, "pairs")
+def test_a_store_without_create_only_puts_is_warned_of_and_serves_both_phases(job, collection, proxy, on_disk):
+    path = job.write(collection, "shuffled")
     proxy.add(Rule("status", method="PUT", header="If-None-Match", status=501, times=None))
     driver = job.run(path)
     assert succeeded(driver)
     assert messages(driver)[0] == "this store's create-only PUT is unsupported: do not start two runs on one output"
-    assert tables(job.download()) == on_disk("pairs")
+    assert tables(job.download()) == on_disk("shuffled")
 
 
-def test_a_model_on_s3_is_copied_once_to_the_node_and_scores_as_from_disk(job, collection, proxy):
+def test_job_file_model_and_candidates_may_all_lie_on_s3_under_odd_names(job, collection, proxy):
+    job.prefix = "se arch+ü/100%41 é"
     checkpoint = tiny_checkpoint(job.folder / "model")
-    path = job.write(collection, "pairs", model=job.upload(checkpoint))
-    driver = job.run(path, module="jobs.rerank")
-    assert succeeded(driver)
-    assert proxy.count("GET", r"/model/model\.safetensors") == 1
+    path = job.upload(Path(job.write(collection, "nested", model=job.upload(checkpoint))))
+    assert succeeded(job.run(path, module="jobs.rerank"))
+    assert proxy.count("GET", r"/model/model\.safetensors") == 1  # for the driver and all workers of this node
     assert list((job.folder / "cache").rglob("model.safetensors"))
-    results = read_results(job.download()).merge(collection.pairs, on=["query_id", "doc_id"])
+    output = job.download()
+    results = read_results(output).merge(collection.pairs, on=["query_id", "doc_id"])
     scores = CrossEncoder(checkpoint).predict(list(zip(results["query"], results.text, strict=True)))
     # Batches differ, and with them the order of float32 sums.
     np.testing.assert_allclose(results.score_x, scores, atol=1e-5)
-    assert len(results) == collection.pairs.text.notna().sum()
-
-
-def test_the_job_file_may_lie_on_s3_and_keys_may_hold_spaces_plus_percent_and_unicode(job, collection, on_disk):
-    job.prefix = "se arch+ü/100%41 é"
-    path = job.upload(Path(job.write(collection, "nested")))
-    assert succeeded(job.run(path))
-    output = job.download()
-    assert tables(output) == on_disk("nested")
+    assert pairs_in(output) == Counter(zip(collection.pairs.query_id, collection.pairs.doc_id, strict=True))
     assert set(read_quarantine(output).file) == {f"s3://{job.bucket}/{job.prefix}/in/nested/nested.parquet"}
 
 

@@ -100,6 +100,16 @@ class S3Job:
         return self.folder / "copy"
 
 
+def kill_after(job: S3Job, path: str, num_parts: int, folder: str = "results/") -> dict[str, str]:
+    """Starts a driver and kills it when `folder` has `num_parts` parts, of twenty; returns which those are."""
+    with job.start(path, *SLOW) as driver:
+        driver.wait_until(lambda: len(job.objects(folder)) >= num_parts, 120)
+        driver.kill9()
+    done = job.objects(folder)
+    assert len(done) < 20, "the driver was killed too late to leave anything to do"
+    return done
+
+
 def succeeded(driver: DriverProcess) -> bool:
     """Whether the driver ended with 0; what it said is shown otherwise."""
     if driver.process.returncode != 0:
