@@ -205,7 +205,7 @@ class PairTemplate:
         take, offsets = _layout(parts, queries, documents)
         token_types = None
         if self.part_types is not None:
-            types = [np.resize(kinds, len(part)) for kinds, part in zip(self.part_types, parts, strict=True)]
+            types = [np.broadcast_to(kinds, len(part)) for kinds, part in zip(self.part_types, parts, strict=True)]
             token_types = np.concatenate(types)[take]
         return TokenizedPairs(np.concatenate(parts)[take], offsets, token_types, truncated)
 

@@ -16,7 +16,7 @@ from pipelines.status import RunStatus, look
 def run(output: str, storage_options: dict[str, object] | None = None, *, as_json: bool = False) -> int:
     """Shows the run in `output` and returns the exit code."""
 
-    def body() -> int:
+    def body(_: runtime.StopSignal) -> int:
         status = look(output, storage_options or {})
         if as_json:
             Console(soft_wrap=True, highlight=False).print_json(json.dumps(asdict(status)))

@@ -112,7 +112,7 @@ def _checked_batches(source: FileInfo, shard: Shard, settings: ReadSettings) -> 
                 max_text_bytes=limit,
                 needs_score=settings.needs_score,
             )
-        except (InputError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             last_row = first_row + batch.num_rows - 1
             raise InputError(f"{source.location}, rows {first_row} to {last_row}: {first_line(error)}") from None
 

@@ -21,7 +21,7 @@ from pipelines.inputs import list_candidates, scan
 from pipelines.model import Model, from_config
 from pipelines.plan import RUN_FOLDER, Plan
 from pipelines.prepare import ReadSettings, pass_through_fields
-from pipelines.progress import Progress
+from pipelines.progress import Progress, visible
 from pipelines.rank import RankSettings
 from pipelines.records import ShardCounts, ShardRecord
 from pipelines.stages import Item, RunContext, bucket_id, raise_failure
@@ -83,6 +83,7 @@ def resolve(config: RerankConfig, model: Model | None = None) -> Job:
         expand(locate(config.qrels, config.storage_options), ".parquet")  # found missing now, not after the night
     model = model or from_config(config).pinned()
     model.score_range()
+    model.load_tokenizer()  # a max_length that cannot be is found here, not by a worker
     tables = [*(queries.files if queries else ()), *(corpus.files if corpus else ())]
     parts = plans.describe_parts([*files, *tables, *fitted_on], model.digests(), config.result_options())
     return Job(config, output, model, tuple(files), queries, corpus, parts)
@@ -200,9 +201,9 @@ class _Run:
         if self._progress is not None:
             self._progress.message(text)
         elif self._stream.isatty():
-            self._stream.write(text + "\n")
+            self._stream.write(visible(text) + "\n")
         else:
-            self._stream.write(json.dumps({"event": "message", "text": text}) + "\n")
+            self._stream.write(json.dumps({"event": "message", "text": visible(text)}) + "\n")
         self._stream.flush()
 
     def lose(self, message: str) -> None:

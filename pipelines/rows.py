@@ -22,7 +22,8 @@ class RawRows:
 
     Ids, as bytes, and texts may be dictionary-coded.
 
-    `mismatched` marks nested rows whose lists differ in length; such a row counts its longest list.
+    `mismatched` marks nested rows whose lists differ in length; such a row counts its longest list. `childless` marks
+    nested rows without documents; such a row counts as one candidate, so that it is accounted for.
     """
 
     query_id: pa.Array
@@ -36,6 +37,7 @@ class RawRows:
     score: pa.Array | None
     pass_through: tuple[pa.Array, ...]
     mismatched: NDArray[np.bool_]
+    childless: NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,7 @@ def flatten(batch: pa.RecordBatch, columns: Columns, first_row: int) -> RawRows:
         score=column(columns.score),
         pass_through=tuple(batch.column(name) for name in columns.pass_through),
         mismatched=np.zeros(batch.num_rows, dtype=bool),
+        childless=np.zeros(batch.num_rows, dtype=bool),
     )
 
 
@@ -80,6 +83,8 @@ def _flatten_nested(batch: pa.RecordBatch, columns: Columns, first_row: int) -> 
     lengths = {role: pc.fill_null(pc.list_value_length(array), 0).to_numpy() for role, array in lists.items()}
     counts = np.max(np.stack(list(lengths.values())), axis=0).astype(np.int64)
     bad_row = np.any(np.stack([length != counts for length in lengths.values()]), axis=0)
+    childless = counts == 0
+    counts = np.maximum(counts, 1)
     parents = np.repeat(np.arange(batch.num_rows), counts)
     items = (np.arange(len(parents)) - np.repeat(np.cumsum(counts) - counts, counts)).astype(np.int32)
     owner = pa.array(parents)
@@ -87,7 +92,7 @@ def _flatten_nested(batch: pa.RecordBatch, columns: Columns, first_row: int) -> 
     def spread(role: str) -> pa.Array:
         """The lists' items laid end to end; a shorter list is filled up with nulls."""
         values, length = pc.list_flatten(lists[role]), lengths[role]
-        if len(values) == len(parents):  # counts are the longest lengths, so all are equal
+        if len(values) == len(parents):  # no list is shorter than its row's count, so none is to be filled up
             return values
         at = (np.cumsum(length) - length)[parents] + items
         return values.take(pa.array(at, mask=items >= length[parents]))
@@ -108,6 +113,7 @@ def _flatten_nested(batch: pa.RecordBatch, columns: Columns, first_row: int) -> 
             for name in columns.pass_through
         ),
         mismatched=bad_row[parents],
+        childless=childless[parents],
     )
 
 
@@ -143,10 +149,13 @@ def check(
 ) -> CheckedRows:
     """Finds the reason, if any, to refuse each candidate. The first reason that applies counts."""
     num_rows = len(raw.row)
-    reasons: list[str | None] = ["list_length_mismatch" if bad else None for bad in raw.mismatched.tolist()]
+    reasons: list[str | None] = [None] * num_rows
+    for reason, marked in (("list_empty", raw.childless), ("list_length_mismatch", raw.mismatched)):
+        for i in np.flatnonzero(marked).tolist():
+            reasons[i] = reason
     details: list[str | None] = [None] * num_rows
-    query_ids = _ids(raw.query_id, "query_id_missing", reasons)
-    doc_ids = _ids(raw.doc_id, "doc_id_missing", reasons)
+    query_ids = _ids(raw.query_id, "query_id_missing", reasons, details)
+    doc_ids = _ids(raw.doc_id, "doc_id_missing", reasons, details)
     if raw.query is not None:
         query_texts = _own_texts(raw.query, None, "query", max_text_bytes)
     else:
@@ -169,17 +178,20 @@ def check(
     )
 
 
-def _ids(column: pa.Array, missing: str, reasons: list[str | None]) -> list[str | None]:
+def _ids(column: pa.Array, missing: str, reasons: list[str | None], details: list[str | None]) -> list[str | None]:
+    """Each row's id; where there is no good one None, and why in `reasons`, unless a reason stands there already."""
     ids: list[str | None] = []
     for i, value in enumerate(id_bytes(column)):
-        id_ = None
-        if value is None:
-            reasons[i] = reasons[i] or missing
-        else:
+        id_, reason, detail = None, missing, None
+        if isinstance(value, int):
+            reason, detail = "id_too_large", f"{value:,} bytes"
+        elif value:
             try:
                 id_ = value.decode()
             except UnicodeDecodeError:
-                reasons[i] = reasons[i] or "id_not_utf8"
+                reason = "id_not_utf8"
+        if id_ is None and reasons[i] is None:
+            reasons[i], details[i] = reason, detail
         ids.append(id_)
     return ids
 

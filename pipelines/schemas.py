@@ -14,9 +14,10 @@ from crossenc.errors import StorageError
 
 #: Why a candidate was refused -> the sentence that people read.
 REASONS: Mapping[str, str] = {
-    "query_id_missing": "the query id is null",
-    "doc_id_missing": "the document id is null",
+    "query_id_missing": "the query id is null or empty",
+    "doc_id_missing": "the document id is null or empty",
     "id_not_utf8": "an id is not valid UTF-8",
+    "id_too_large": "an id is larger than 64 KiB",
     "query_missing": "the query text is null",
     "query_empty": "the query text is empty or only white space",
     "query_too_large": "the query text is larger than max_text_bytes",
@@ -29,6 +30,7 @@ REASONS: Mapping[str, str] = {
     "document_not_utf8": "the document text is not valid UTF-8",
     "document_unknown": "the document id is not in the corpus table",
     "document_ambiguous": "the corpus table has two texts for the document id",
+    "list_empty": "the nested row has no documents",
     "list_length_mismatch": "the lists of a nested row have different lengths",
     "first_stage_score_missing": "interpolation needs a finite first-stage score and this candidate has none",
     "duplicate_document": "the query has this document more than once; the best first-stage rank is kept",

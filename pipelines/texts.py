@@ -159,7 +159,7 @@ def _build(table: TextTable, folder: Path, max_text_bytes: int) -> None:
             titles = batch.column(table.title_column) if table.title_column else None
             distinct, rows = distinct_texts(batch.column(table.text_column), titles, max_text_bytes)
             hashes.append(hash_ids(batch.column(table.id_column)))
-            places.append(_append(out, [id_ or b"" for id_ in ids], [distinct[row] for row in rows]))
+            places.append(_append(out, [_table_id(id_, table) for id_ in ids], [distinct[row] for row in rows]))
         _make_durable(out)
     joined = np.concatenate(hashes)
     order = np.argsort(joined, kind="stable")
@@ -167,6 +167,15 @@ def _build(table: TextTable, folder: Path, max_text_bytes: int) -> None:
         with (folder / name).open("wb") as out:
             np.save(out, array)
             _make_durable(out)
+
+
+def _table_id(id_: Text, table: TextTable) -> bytes:
+    if isinstance(id_, int):
+        raise InputError(
+            f"an id of the {table.kind} table has {id_:,} bytes, but may have at most {MAX_ID_BYTES:,};"
+            " give shorter ids"
+        )
+    return id_ or b""
 
 
 def _read(table: TextTable) -> Iterator[pa.RecordBatch]:
@@ -237,15 +246,10 @@ def _join(title: Text, text: Text, max_bytes: int) -> Text:
     return num_bytes
 
 
-def id_bytes(column: pa.Array) -> list[bytes | None]:
-    """Each row's id as bytes, an integer as its digits. Raises InputError for one of more than MAX_ID_BYTES."""
+def id_bytes(column: pa.Array) -> list[Text]:
+    """Each row's id as bytes, an integer as its digits; of an id with more than MAX_ID_BYTES only their number."""
     distinct, rows = _distinct(column, MAX_ID_BYTES)
-    ids: list[bytes | None] = []
-    for value in distinct:
-        if isinstance(value, int):
-            raise InputError(f"an id has {value:,} bytes, but may have at most {MAX_ID_BYTES:,}; give shorter ids")
-        ids.append(value)
-    return [ids[row] for row in rows.tolist()]
+    return [distinct[row] for row in rows.tolist()]
 
 
 def as_binary(column: pa.Array) -> pa.Array:

@@ -21,7 +21,6 @@ from crossenc.testing import FakeTokenizer
 from pipelines import storage
 from pipelines.prepare import prepare
 from pipelines.schemas import TOKEN_FIELDS, thin_schema
-from pipelines.texts import MAX_ID_BYTES
 from tests.pipelines.support import (
     Doc,
     Query,
@@ -204,13 +203,6 @@ def test_ids_without_a_text_of_their_own_are_refused(tmp_path):
     )
     reasons = prepared(config, tmp_path).column("reason").to_pylist()
     assert reasons == [None, "document_unknown", "document_ambiguous", "query_unknown"]
-
-
-def test_an_id_too_long_to_be_one_is_an_error_that_names_the_rows(tmp_path):
-    docs = (Doc("a", "x"), Doc("b" * (MAX_ID_BYTES + 1), "y"))
-    config = job(write(tmp_path / "c.parquet", as_pairs([Query("q", "query", docs)])))
-    with pytest.raises(InputError, match=r"c\.parquet, rows 0 to 1: an id has 65,537 bytes"):
-        prepared(config, tmp_path)
 
 
 # --- damage and change

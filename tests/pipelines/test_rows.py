@@ -87,6 +87,7 @@ def _comparable(checked: CheckedRows) -> list[tuple[object, ...]]:
 @given(_queries(), st.booleans())
 def test_the_four_layouts_of_the_same_candidates_give_the_same_rows(tmp_path_factory, queries, needs_score):
     folder = tmp_path_factory.mktemp("rows")
+    queries = [query for query in queries if query.docs]  # pairs have no place for one without candidates
     pairs = _check(as_pairs(queries), needs_score=needs_score)
     lists = _check(as_nested_lists(queries), needs_score=needs_score)
     structs = _check(as_nested_structs(queries), needs_score=needs_score)
@@ -157,12 +158,6 @@ def test_dictionary_coded_lists_are_read_like_others():
     assert _check(table).documents == ["1", None, "1"]
 
 
-def test_queries_without_candidates_and_null_lists_have_no_rows():
-    lists = pa.array([[], None, ["a"]], pa.list_(pa.string()))
-    table = pa.table({"query_id": ["1", "2", "3"], "query": ["x"] * 3, "doc_ids": lists, "documents": lists})
-    assert _check(table).raw.row.tolist() == [2]
-
-
 def test_a_null_struct_in_a_list_is_a_candidate_without_an_id():
     kind = pa.list_(pa.struct([("doc_id", pa.string()), ("text", pa.string())]))
     documents = pa.array([[{"doc_id": "a", "text": "x"}, None]], kind)
@@ -170,7 +165,24 @@ def test_a_null_struct_in_a_list_is_a_candidate_without_an_id():
     assert checked.reasons == [None, "doc_id_missing"]
 
 
-# --- lists of different lengths
+# --- empty lists, and lists of different lengths
+
+
+@pytest.mark.parametrize("kind", [pa.list_, pa.large_list])
+def test_a_row_without_documents_is_one_refused_candidate_of_its_query(kind):
+    table = pa.table(
+        {
+            "query_id": ["before", "empty", "null", "after"],
+            "query": ["x"] * 4,
+            "doc_ids": pa.array([["1"], [], None, ["9"]], kind(pa.string())),
+            "documents": pa.array([["one"], [], None, ["nine"]], kind(pa.string())),
+        }
+    )
+    checked = _check(table)
+    assert checked.reasons == [None, "list_empty", "list_empty", None]
+    assert checked.query_ids == ["before", "empty", "null", "after"]
+    assert checked.doc_ids == ["1", None, None, "9"]
+    assert checked.raw.row.tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -231,6 +243,10 @@ def test_a_list_to_pass_through_must_be_as_long_as_the_others():
         ({}, None, None),
         ({"query_id": None}, "query_id_missing", None),
         ({"doc_id": None}, "doc_id_missing", None),
+        ({"query_id": ""}, "query_id_missing", None),
+        ({"doc_id": ""}, "doc_id_missing", None),
+        ({"query_id": "x" * 65_537}, "id_too_large", "65,537 bytes"),
+        ({"doc_id": "x" * 65_537}, "id_too_large", "65,537 bytes"),
         ({"query_id": _not_utf8(b"\xff")}, "id_not_utf8", None),
         ({"doc_id": _not_utf8(b"a\xc3")}, "id_not_utf8", None),
         ({"query": None}, "query_missing", None),

@@ -208,6 +208,12 @@ def test_a_damaged_table_is_an_error_and_not_a_store(tmp_path):
     assert not (tmp_path / "cache" / "texts" / f"{table.digest}-{LIMIT}").exists()
 
 
+def test_a_table_with_an_id_beyond_the_limit_is_an_error(tmp_path):
+    table = _table(tmp_path, doc_id=["a", "x" * (MAX_ID_BYTES + 1)], text=["text a", "text x"])
+    with pytest.raises(InputError, match="an id of the document table has 65,537 bytes, but may have at most 65,536"):
+        open_store(table, tmp_path / "cache", LIMIT)
+
+
 def test_a_table_that_changed_since_it_was_found_is_not_stored_under_its_old_name(tmp_path):
     table = _table(tmp_path, doc_id=["a"], text=["before"])
     _table(tmp_path, doc_id=["a"], text=["after that"])
@@ -303,9 +309,8 @@ def test_every_kind_of_column_gives_the_same_texts_and_ids(kind):
 
 
 def test_an_id_may_have_64_kib_and_no_more():
-    assert id_bytes(pa.array(["x" * MAX_ID_BYTES])) == [b"x" * MAX_ID_BYTES]
-    with pytest.raises(InputError, match="an id has 65,537 bytes, but may have at most 65,536"):
-        id_bytes(pa.array(["x", "x" * (MAX_ID_BYTES + 1)]))
+    ids = pa.array(["x" * MAX_ID_BYTES, "x" * (MAX_ID_BYTES + 1)])
+    assert id_bytes(ids) == [b"x" * MAX_ID_BYTES, MAX_ID_BYTES + 1]
 
 
 def test_integers_are_ids_by_their_digits():
