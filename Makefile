@@ -14,8 +14,8 @@ help: ## show the targets
 demo: $(VENV)/.demo ## build a collection, fine-tune a model, rerank, report (MODEL=folder takes that model)
 	$(BIN)/python -m jobs.demo $(if $(MODEL),--model $(MODEL))
 
-test: $(VENV)/.test ## the test suite
-	$(BIN)/python -m pytest
+test: $(VENV)/.test ## the test suite, two files at a time
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-faults: $(VENV)/.test ## long fault tests, with a real S3 server installed by apt (needs root)
 	$(BIN)/python -m tests.support.s3 ceph install
