@@ -6,20 +6,20 @@ Shape letters: P pairs, B pairs of one batch, W tokens of its longest pair, L la
 import logging
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedModel
+from torch import nn
 
 from crossenc.batching import WINDOW, token_budget_batches
-from crossenc.checkpoint import load_model, resolve_activation
 from crossenc.errors import ConfigError
+from crossenc.loading import load_parts, num_labels_of, read_layout, resolve_activation
 from crossenc.records import TokenizedPairs
-from crossenc.tokenizer import PairTokenizer
+from crossenc.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -51,14 +51,22 @@ def default_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def default_batch_tokens(device: torch.device) -> int:
+    """The padded tokens of a batch that score fastest on a kind of device."""
+    return CUDA_BATCH_TOKENS if device.type == "cuda" else CPU_BATCH_TOKENS
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
-    """A Scorer that runs a transformers sequence classification model on padded, length-sorted batches.
+    """A Scorer that runs a model on padded, length-sorted batches.
 
-    `activation` maps float32 logits [B, L] to scores [B, L]. `max_batch_pairs` caps a batch as well.
+    `network` takes a dict of input_ids, attention_mask and perhaps token_type_ids, each int64 [B, W], and gives one
+    with logits [B, L] under "scores"; `activation` maps these, in float32, to scores [B, L]. `max_batch_pairs` caps a
+    batch as well.
     """
 
-    model: PreTrainedModel
+    network: nn.Module
+    num_labels: int
     pad_token_id: int
     padding_side: str
     activation: Activation
@@ -77,7 +85,7 @@ class Engine:
     def from_checkpoint(
         cls,
         folder: str | Path,
-        tokenizer: PairTokenizer,
+        tokenizer: Tokenizer,
         *,
         num_labels: int | None = None,
         dtype: torch.dtype = torch.float32,
@@ -88,22 +96,25 @@ class Engine:
         """Load the model of a local folder for the pairs of `tokenizer`.
 
         What is None is the checkpoint's own (labels, activation) or suits the machine (device, batch size).
-        Raises CheckpointError as `load_model` and `resolve_activation` do.
+        Raises CheckpointError as `load_parts` and `resolve_activation` do.
         """
         chosen = default_device() if device is None else torch.device(device)
-        model = load_model(folder, num_labels=num_labels, dtype=dtype)
-        if activation is None:
-            activation = getattr(torch.nn, resolve_activation(folder, model.config))()
-        if max_batch_tokens is None:
-            max_batch_tokens = CUDA_BATCH_TOKENS if chosen.type == "cuda" else CPU_BATCH_TOKENS
+        layout = read_layout(folder)
+        parts = load_parts(folder, layout, num_labels=num_labels, dtype=dtype).parts
+        found = num_labels_of(parts)
         return cls(
-            model=model.to(chosen),
+            network=nn.Sequential(*parts).eval().to(chosen),
+            num_labels=found,
             pad_token_id=tokenizer.pad_token_id,
             padding_side=tokenizer.padding_side,
-            activation=activation,
+            activation=resolve_activation(layout, found) if activation is None else activation,
             device=chosen,
-            max_batch_tokens=max_batch_tokens,
+            max_batch_tokens=default_batch_tokens(chosen) if max_batch_tokens is None else max_batch_tokens,
         )
+
+    def with_limits(self, activation: Activation | None, max_batch_pairs: int | None) -> "Engine":
+        """The same engine with another activation, unless that is None, and another cap on a batch's pairs."""
+        return replace(self, activation=activation or self.activation, max_batch_pairs=max_batch_pairs)
 
     def score(self, pairs: TokenizedPairs, on_batch: Callable[[int], object] | None = None) -> NDArray[np.float32]:
         """Score every pair: float32 [P], or [P, L] for L > 1 labels, non-finite values left as they are.
@@ -116,8 +127,8 @@ class Engine:
         done: list[NDArray[np.int64]] = []
         # Scores stay on the device until the end: copying each batch back would wait for it.
         scores: list[torch.Tensor] = []
-        was_training = self.model.training
-        self.model.eval()
+        was_training = self.network.training
+        self.network.eval()
         try:
             with torch.inference_mode():
                 while todo:
@@ -130,22 +141,21 @@ class Engine:
                     if on_batch is not None:
                         on_batch(len(done[-1]))
         finally:
-            self.model.train(was_training)
+            self.network.train(was_training)
         return self._in_input_order(scores, done)
 
     def _in_input_order(self, scores: list[torch.Tensor], batches: list[NDArray[np.int64]]) -> NDArray[np.float32]:
-        num_labels = int(self.model.config.num_labels)
         num_pairs = sum(map(len, batches))
-        result = np.empty((num_pairs, num_labels), dtype=np.float32)
+        result = np.empty((num_pairs, self.num_labels), dtype=np.float32)
         if scores:
             result[np.concatenate(batches)] = torch.cat(scores).cpu().numpy()
-        return result[:, 0] if num_labels == 1 else result
+        return result[:, 0] if self.num_labels == 1 else result
 
     def _score_or_none(self, pairs: TokenizedPairs, batch: NDArray[np.int64]) -> torch.Tensor | None:
         """Scores [B, L] of one batch on the device; None when it does not fit and could be cut smaller."""
         try:
-            inputs = self._to_device(pairs, batch)
-            logits: torch.Tensor = self.model(**inputs).logits
+            inputs = self.batch_inputs(pairs, batch)
+            logits: torch.Tensor = self.network(inputs)["scores"]
             return self.activation(logits.float())
         except torch.OutOfMemoryError:
             if len(batch) == 1:
@@ -168,8 +178,8 @@ class Engine:
         )
         return deque(batch[part] for batch in todo for part in token_budget_batches(lengths[batch], budget))
 
-    def _to_device(self, pairs: TokenizedPairs, batch: NDArray[np.int64]) -> dict[str, torch.Tensor]:
-        """Model inputs [B, W] of one batch, padded to its longest pair."""
+    def batch_inputs(self, pairs: TokenizedPairs, batch: NDArray[np.int64]) -> dict[str, torch.Tensor]:
+        """Model inputs of the pairs at `batch`, int64 [B, W] on the device, padded to the longest."""
         lengths = pairs.lengths[batch]
         width = int(lengths.max())
         columns = np.arange(width)

@@ -1,11 +1,12 @@
 """CrossEncoder: a checkpoint that scores texts, with the calls that users of sentence-transformers know.
 
-It joins the tokenizer and the engine, and knows neither files of queries nor clusters.
+It joins the parts of a model, their tokenizer and the engine, and knows neither files of queries nor clusters.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,65 +14,165 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from crossenc.adapters import AdapterMixin
+from crossenc.chat import ChatTokenizer
 from crossenc.checkpoint import fetch
-from crossenc.engine import Activation, Engine
-from crossenc.errors import ConfigError, InputError
+from crossenc.deprecation import accepts_old_arguments
+from crossenc.engine import Activation, Engine, default_batch_tokens, default_device
+from crossenc.errors import CheckpointError, ConfigError, InputError
+from crossenc.loading import Layout, load_parts, num_labels_of, read_layout, resolve_activation
+from crossenc.modules import Features, Transformer
 from crossenc.ranking import order
-from crossenc.tokenizer import PairTokenizer
+from crossenc.saving import push_folder, save_checkpoint
+from crossenc.tokenizer import PairTokenizer, load_fast_tokenizer, wrap_tokenizer
 
 Pair = tuple[str, str] | list[str]
-Scores = NDArray[np.float32] | np.float32 | torch.Tensor | list[torch.Tensor]
+Scores = NDArray[np.float32] | np.float32 | Tensor | list[Tensor]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_OLD_INIT_NAMES: Mapping[str, str | None] = {
+    "model_name": "model_name_or_path",
+    "automodel_args": "model_kwargs",
+    "tokenizer_args": "processor_kwargs",
+    "tokenizer_kwargs": "processor_kwargs",
+    "config_args": "config_kwargs",
+    "cache_dir": "cache_folder",
+    "default_activation_function": "activation_fn",
+}
+_OLD_SCORE_NAMES: Mapping[str, str | None] = {"activation_fct": "activation_fn", "num_workers": None}
+_OLD_PREDICT_NAMES = {**_OLD_SCORE_NAMES, "sentences": "inputs"}
+_OLD_RANK_NAMES = {**_OLD_SCORE_NAMES, "apply_softmax": None, "convert_to_numpy": None, "convert_to_tensor": None}
 
 
-class CrossEncoder:
-    """A cross-encoder loaded from a folder, a URI or the hub, in eval mode.
+class CrossEncoder(nn.Sequential, AdapterMixin):
+    """A cross-encoder from a folder, a URI or the hub, in eval mode; its items are the parts of crossenc.modules."""
 
-    `max_length` is in tokens, `dtype` a torch dtype or its name (float32 when None), `device` the fastest
-    that the machine has when None. `activation_fn` maps float32 logits [B, L] to scores and `num_labels` is
-    L; both are the checkpoint's own when None. `max_batch_tokens` bounds a batch's padded tokens.
-    Raises InputError, CheckpointError or StorageError as `crossenc.checkpoint.fetch` does, ConfigError for a
-    setting that does not fit the checkpoint.
-    """
+    prompts: dict[str, str]
+    model_card_data: Any
+    _source: "_Source"
+    _tokenizer: PairTokenizer | ChatTokenizer
+    _activation: Activation
+    _default_prompt_name: str | None
+    _max_batch_tokens: int | None
 
+    @accepts_old_arguments(_OLD_INIT_NAMES, positional=("num_labels", "max_length", "activation_fn", "device"))
     def __init__(  # noqa: PLR0913 - one flat, keyword-only list is what users of this class's namesake expect
         self,
-        model_name_or_path: str | Path,
+        model_name_or_path: str | Path | None = None,
         *,
-        revision: str | None = None,
-        max_length: int | None = None,
+        modules: Iterable[nn.Module] | Mapping[str, nn.Module] | None = None,
         device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
-        activation_fn: Activation | None = None,
-        num_labels: int | None = None,
+        prompts: Mapping[str, str] | None = None,
+        default_prompt_name: str | None = None,
         cache_folder: str | Path | None = None,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        processor_kwargs: Mapping[str, Any] | None = None,
+        config_kwargs: Mapping[str, Any] | None = None,
+        model_card_data: Any = None,
+        backend: str = "torch",
+        num_labels: int | None = None,
+        max_length: int | None = None,
+        activation_fn: Activation | None = None,
+        classifier_dropout: float | None = None,
+        dtype: str | torch.dtype | None = None,
         max_batch_tokens: int | None = None,
         storage_options: Mapping[str, object] | None = None,
     ) -> None:
+        """Load `model_name_or_path`.
+
+        `max_length` is in tokens; `dtype` a torch dtype or its name (float32 when None); `device` the fastest that
+        the machine has when None. `activation_fn` maps float32 logits [B, L] to scores and `num_labels` is L; both
+        are the checkpoint's own when None. `prompts` are texts by name to put before queries, `default_prompt_name`
+        the one used unless a call names another. `max_batch_tokens` bounds a batch's padded tokens. `model_kwargs`,
+        `processor_kwargs`, `config_kwargs` and `token` go to transformers and the hub, `storage_options` to a URI's
+        file system. A backbone without a head gets a new one, to be trained; it gives no scores before that.
+        Raises InputError, CheckpointError or StorageError as `crossenc.checkpoint.fetch` does, ConfigError for a
+        setting that does not fit the checkpoint or is not supported, TypeError for an unknown argument.
+        """
         _check_activation(activation_fn)
-        folder = fetch(model_name_or_path, revision=revision, cache_dir=cache_folder, storage_options=storage_options)
-        self._tokenizer = PairTokenizer.from_checkpoint(folder, max_length)
-        self._engine = Engine.from_checkpoint(
-            folder,
-            self._tokenizer,
-            num_labels=num_labels,
-            dtype=_resolve_dtype(dtype),
-            device=device,
-            activation=activation_fn,
-            max_batch_tokens=max_batch_tokens,
-        )
+        _check_supported(trust_remote_code, backend)
+        if (model_name_or_path is None) == (modules is None):
+            raise ConfigError("give CrossEncoder either a folder, a URI or a hub id, or its modules")
+        model_settings, config_settings = dict(model_kwargs or {}), dict(config_kwargs or {})
+        processor_settings = dict(processor_kwargs or {})
+        stated_dtype = model_settings.pop("dtype", None) or model_settings.pop("torch_dtype", None)
+        stated_labels = config_settings.pop("num_labels", None)
+        stated_length = processor_settings.pop("model_max_length", None)
+        if classifier_dropout is not None:
+            config_settings["classifier_dropout"] = classifier_dropout
+        if modules is not None:
+            source = _from_modules(modules)
+        else:
+            folder = fetch(
+                model_name_or_path,  # type: ignore[arg-type]  # one of the two is given
+                revision=revision,
+                cache_dir=cache_folder,
+                storage_options=storage_options,
+                token=token,
+                local_files_only=local_files_only,
+            )
+            source = _from_folder(
+                folder,
+                num_labels=stated_labels if num_labels is None else num_labels,
+                dtype=_resolve_dtype(stated_dtype if dtype is None else dtype),
+                config_settings=config_settings,
+                model_settings=model_settings,
+                processor_settings=processor_settings,
+            )
+        super().__init__(OrderedDict((str(i), part) for i, part in enumerate(source.parts)))
+        self._source = source
+        self._max_batch_tokens = max_batch_tokens
+        self.model_card_data = model_card_data
+        self.prompts = {**source.layout.prompts, **(prompts or {})}
+        self.activation_fn = activation_fn or resolve_activation(source.layout, num_labels_of(source.parts))
+        self.default_prompt_name = default_prompt_name or source.layout.default_prompt_name
+        self.max_length = stated_length if max_length is None else max_length
+        self.to(default_device() if device is None else torch.device(device))
+        self.eval()
+        self._engine()  # its limits are checked now
+
+    # --- what the model is
 
     @property
     def engine(self) -> Engine:
-        """The Scorer inside, for pairs that are already tokenised."""
-        return self._engine
+        """The Scorer inside, for pairs that are already tokenised. Raises CheckpointError while the head is new."""
+        if self.head_is_new:
+            raise CheckpointError(
+                f"the head of {self._source.name} is new and random, so its scores would mean nothing: train it first"
+            )
+        return self._engine()
+
+    def _engine(self) -> Engine:
+        limit = self._max_batch_tokens
+        return Engine(
+            network=self,
+            num_labels=self.num_labels,
+            pad_token_id=self._tokenizer.pad_token_id,
+            padding_side=self._tokenizer.padding_side,
+            activation=self._activation,
+            device=self.device,
+            max_batch_tokens=default_batch_tokens(self.device) if limit is None else limit,
+        )
 
     @property
     def model(self) -> PreTrainedModel:
-        return self._engine.model
+        """The transformers model inside."""
+        first = self[0]
+        assert isinstance(first, Transformer)
+        model: PreTrainedModel = first.model
+        return model
+
+    @property
+    def transformers_model(self) -> PreTrainedModel:
+        """The same as `model`."""
+        return self.model
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -83,46 +184,123 @@ class CrossEncoder:
 
     @property
     def device(self) -> torch.device:
-        return self._engine.device
+        return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.model.dtype
-        return dtype
+        return next(self.parameters()).dtype
 
     @property
     def max_length(self) -> int:
+        """Tokens that a pair may have; settable within what the model's positions allow."""
         return self._tokenizer.max_length
+
+    @max_length.setter
+    def max_length(self, value: int | None) -> None:
+        source = self._source
+        self._tokenizer = wrap_tokenizer(source.tokenizer, self.config, source.layout, value)
+
+    @property
+    def head_is_new(self) -> bool:
+        """Whether the head is still random: true of a backbone that became a cross-encoder and was not trained yet."""
+        return self._source.head_is_new
+
+    @property
+    def template_settings(self) -> Mapping[str, Any]:
+        """What a language model's chat template is called with."""
+        return self._source.layout.template_settings
+
+    @property
+    def max_seq_length(self) -> int:
+        """The same as `max_length`."""
+        return self.max_length
+
+    @max_seq_length.setter
+    def max_seq_length(self, value: int) -> None:
+        self.max_length = value
 
     @property
     def num_labels(self) -> int:
-        return int(self.config.num_labels)
+        return num_labels_of(list(self))
 
     @property
     def activation_fn(self) -> Activation:
-        return self._engine.activation
+        return self._activation
 
-    def predict(
+    @activation_fn.setter
+    def activation_fn(self, value: Activation) -> None:
+        _check_activation(value)
+        self.__dict__["_activation"] = value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Keep an activation that is a Module out of nn.Module's registry: it is no part of the network."""
+        if name == "activation_fn":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    @property
+    def default_prompt_name(self) -> str | None:
+        """The prompt that is used unless a call names another."""
+        return self._default_prompt_name
+
+    @default_prompt_name.setter
+    def default_prompt_name(self, name: str | None) -> None:
+        if name is not None:
+            _named_prompt(self.prompts, name)
+        self._default_prompt_name = name
+
+    def forward(self, features: Features) -> Features:
+        """`features` with more in it, logits [B, L] under "scores"; raw, before the activation."""
+        for part in self:
+            features = part(features)
+        return features
+
+    def logits(self, pairs: Sequence[Pair], prompt: str | None = None) -> Tensor:
+        """Raw scores [P, L] of pairs in one batch, with gradients where they are enabled: what training needs."""
+        scores: Tensor = self(self.preprocess(pairs, prompt))["scores"]
+        return scores
+
+    def preprocess(self, inputs: Sequence[Pair], prompt: str | None = None) -> Features:
+        """Pairs as model inputs: a dict of int64 tensors [P, W] on the model's device."""
+        queries, documents, _ = _split_pairs(inputs)
+        pairs = self._tokenizer.encode(queries, documents, self._prompt(prompt, None))
+        return self._engine().batch_inputs(pairs, np.arange(len(pairs)))
+
+    # --- scores
+
+    @accepts_old_arguments(_OLD_PREDICT_NAMES)
+    def predict(  # noqa: PLR0913
         self,
         inputs: Pair | Iterable[Pair] | NDArray[Any],
-        *,
+        prompt_name: str | int | None = None,
+        prompt: str | None = None,
+        batch_size: int | None = None,
+        show_progress_bar: bool | None = None,
         activation_fn: Activation | None = None,
         apply_softmax: bool = False,
         convert_to_numpy: bool = True,
         convert_to_tensor: bool = False,
-        batch_size: int | None = None,
-        show_progress_bar: bool | None = None,
+        device: str | torch.device | None = None,
     ) -> Scores:
         """Score (query, document) pairs, in the order given.
 
         Returns float32 [n], or [n, L] for L > 1 labels; without the first dimension for a single pair. It is
         a numpy array, or a tensor on the model's device with `convert_to_tensor`, or a list of n tensors when
         both flags are off. `apply_softmax` normalises over the labels, where there are several. `batch_size`
-        caps the pairs of a batch beside the token budget.
-        Raises InputError naming the first input that is not a pair of texts.
+        caps the pairs of a batch beside the token budget. `prompt`, or the one named `prompt_name`, goes before
+        every query. `device` moves the model there first.
+        Raises InputError naming the first input that is not a pair of texts, CheckpointError while the head is new.
         """
+        if isinstance(prompt_name, int):  # the place of batch_size up to version 5.3 of sentence-transformers
+            batch_size, prompt_name = _old_batch_size(prompt_name), None
+        if device is not None:
+            self.to(torch.device(device))
         queries, documents, is_single = _split_pairs(inputs)
-        scores = torch.from_numpy(self._score(queries, documents, activation_fn, batch_size, bool(show_progress_bar)))
+        prompt = self._prompt(prompt, prompt_name)
+        scores = torch.from_numpy(
+            self._score(queries, documents, prompt, activation_fn, batch_size, bool(show_progress_bar))
+        )
         if apply_softmax and scores.ndim > 1:
             scores = torch.softmax(scores, dim=1)
         if convert_to_tensor:
@@ -134,23 +312,58 @@ class CrossEncoder:
         tensors = list(scores.to(self.device))
         return tensors[0] if is_single else tensors
 
-    def rank(
+    @accepts_old_arguments(_OLD_RANK_NAMES)
+    def rank(  # noqa: PLR0913
         self,
         query: str,
         documents: Iterable[str],
         top_k: int | None = None,
         return_documents: bool = False,
-        *,
-        activation_fn: Activation | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
         batch_size: int | None = None,
         show_progress_bar: bool | None = None,
+        activation_fn: Activation | None = None,
+        device: str | torch.device | None = None,
     ) -> list[dict[str, Any]]:
         """Order `documents` for `query`, best first; documents with equal scores keep their order.
 
         Each result holds `corpus_id` (the position in `documents`), `score`, and `text` with
-        `return_documents`. `top_k` keeps the first so many.
-        Raises ValueError for a model with several labels or a negative `top_k`, ScoreError when a score is
-        not finite, InputError naming the first document that is not a text.
+        `return_documents`. `top_k` keeps the first so many. The other arguments are those of `predict`.
+        Raises InputError for a model with several labels, a negative `top_k` or a document that is not a text,
+        ScoreError when a score is not finite, CheckpointError while the head is new.
+        """
+        rankings = self.rank_many(
+            [query],
+            [documents],
+            top_k=top_k,
+            return_documents=return_documents,
+            prompt_name=prompt_name,
+            prompt=prompt,
+            batch_size=batch_size,
+            show_progress_bar=show_progress_bar,
+            activation_fn=activation_fn,
+            device=device,
+        )
+        return rankings[0]
+
+    def rank_many(  # noqa: PLR0913
+        self,
+        queries: Iterable[str],
+        documents: Iterable[Iterable[str]],
+        *,
+        top_k: int | None = None,
+        return_documents: bool = False,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int | None = None,
+        show_progress_bar: bool | None = None,
+        activation_fn: Activation | None = None,
+        device: str | torch.device | None = None,
+    ) -> list[list[dict[str, Any]]]:
+        """`rank` for many queries at once: the pairs of all of them share batches.
+
+        `documents` holds one list a query. Returns one list of results a query.
         """
         if self.num_labels != 1:
             raise InputError(
@@ -158,31 +371,145 @@ class CrossEncoder:
             )
         if top_k is not None and top_k < 0:
             raise InputError(f"top_k is {top_k}: give the number of documents to keep, or None to keep all")
-        texts = list(documents)
-        scores = self._score([query] * len(texts), texts, activation_fn, batch_size, bool(show_progress_bar))
-        # Positions serve as first-stage ranks; they are all different, so document ids decide nothing.
-        best_first = order(scores, np.arange(len(texts)), [""] * len(texts))[:top_k].tolist()
-        results: list[dict[str, Any]] = [
-            {"corpus_id": position, "score": float(scores[position])} for position in best_first
+        if device is not None:
+            self.to(torch.device(device))
+        asked, lists = list(queries), [list(texts) for texts in documents]
+        if len(asked) != len(lists):
+            raise InputError(f"there are {len(asked)} queries and {len(lists)} lists of documents: give one a query")
+        scores = self._score(
+            [query for query, texts in zip(asked, lists, strict=True) for _ in texts],
+            [text for texts in lists for text in texts],
+            self._prompt(prompt, prompt_name),
+            activation_fn,
+            batch_size,
+            bool(show_progress_bar),
+        )
+        ends = np.cumsum([len(texts) for texts in lists])[:-1]
+        return [
+            _ranked(own, texts, top_k, return_documents)
+            for own, texts in zip(np.split(scores, ends), lists, strict=True)
         ]
-        if return_documents:
-            for result in results:
-                result["text"] = texts[result["corpus_id"]]
-        return results
 
     def _score(
         self,
         queries: list[str],
         documents: list[str],
+        prompt: str,
         activation_fn: Activation | None,
         batch_size: int | None,
         show_progress_bar: bool,
     ) -> NDArray[np.float32]:
         _check_activation(activation_fn)
-        engine = replace(self._engine, activation=activation_fn or self.activation_fn, max_batch_pairs=batch_size)
-        pairs = self._tokenizer.encode(queries, documents)
+        engine = self.engine.with_limits(activation_fn, batch_size)
+        pairs = self._tokenizer.encode(queries, documents, prompt)
         with _progress(len(pairs), show_progress_bar) as on_batch:
             return engine.score(pairs, on_batch)
+
+    def _prompt(self, prompt: str | None, prompt_name: str | None) -> str:
+        """The text before a query: given, else named, else named by default, else nothing."""
+        if prompt is not None:
+            return prompt
+        name = prompt_name or self.default_prompt_name
+        return "" if name is None else _named_prompt(self.prompts, name)
+
+    def evaluate(self, evaluator: Callable[..., Any], output_path: str | None = None) -> Any:
+        """What `evaluator(model, output_path)` returns."""
+        if output_path is not None:
+            Path(output_path).mkdir(parents=True, exist_ok=True)
+        return evaluator(self, output_path)
+
+    # --- keeping it
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write a checkpoint folder that this library, sentence-transformers 4 to 6 and transformers load.
+
+        Raises CheckpointError while the head is new and random.
+        """
+        self.engine  # noqa: B018 - raises while the head is new
+        save_checkpoint(self, Path(path))
+
+    def save(self, path: str | Path) -> None:
+        """The same as `save_pretrained`."""
+        self.save_pretrained(path)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        token: str | None = None,
+        private: bool | None = None,
+        commit_message: str | None = None,
+        exist_ok: bool = False,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Upload the checkpoint to the Hugging Face hub and return the URL of the commit or pull request."""
+        return push_folder(
+            self.save_pretrained,
+            repo_id,
+            token=token,
+            private=private,
+            commit_message=commit_message or "Add a cross-encoder",
+            exist_ok=exist_ok,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+
+@dataclass(slots=True)
+class _Source:
+    """What a model was put together from. `name` is for messages."""
+
+    name: str
+    parts: list[nn.Module]
+    layout: Layout
+    tokenizer: PreTrainedTokenizerFast
+    head_is_new: bool
+
+
+def _from_folder(
+    folder: Path,
+    *,
+    num_labels: int | None,
+    dtype: torch.dtype,
+    config_settings: Mapping[str, Any],
+    model_settings: Mapping[str, Any],
+    processor_settings: Mapping[str, Any],
+) -> _Source:
+    layout = read_layout(folder)
+    loaded = load_parts(
+        folder,
+        layout,
+        num_labels=num_labels,
+        dtype=dtype,
+        config_settings=config_settings,
+        model_settings=model_settings,
+        new_head_allowed=True,
+    )
+    tokenizer = load_fast_tokenizer(folder, processor_settings)
+    return _Source(str(folder), loaded.parts, layout, tokenizer, loaded.head_is_new)
+
+
+def _from_modules(modules: Iterable[nn.Module] | Mapping[str, nn.Module]) -> _Source:
+    parts = list(modules.values()) if isinstance(modules, Mapping) else list(modules)
+    if not parts or not isinstance(parts[0], Transformer) or parts[0].tokenizer is None:
+        raise ConfigError("the first of the modules must be a Transformer that has its tokenizer")
+    layout = Layout(parts[0].task, tuple((type(part).__name__, "") for part in parts[1:]))
+    return _Source("a model made of modules", parts, layout, parts[0].tokenizer, head_is_new=False)
+
+
+def _ranked(
+    scores: NDArray[np.float32], texts: Sequence[str], top_k: int | None, return_documents: bool
+) -> list[dict[str, Any]]:
+    # Positions serve as first-stage ranks; they are all different, so document ids decide nothing.
+    best_first = order(scores, np.arange(len(texts)), [""] * len(texts))[:top_k].tolist()
+    results: list[dict[str, Any]] = [
+        {"corpus_id": position, "score": float(scores[position])} for position in best_first
+    ]
+    if return_documents:
+        for result in results:
+            result["text"] = texts[result["corpus_id"]]
+    return results
 
 
 @contextmanager
@@ -192,6 +519,19 @@ def _progress(num_pairs: int, shown: bool) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, disable=not shown) as bar:
         task = bar.add_task("", total=num_pairs)
         yield lambda num_done: bar.advance(task, num_done)
+
+
+def _named_prompt(prompts: Mapping[str, str], name: str) -> str:
+    if name not in prompts:
+        raise ConfigError(f"there is no prompt {name!r}: the model has {', '.join(sorted(prompts)) or 'none'}")
+    return prompts[name]
+
+
+def _old_batch_size(value: int) -> int:
+    import warnings
+
+    warnings.warn("the second positional argument of predict is prompt_name: write batch_size=", DeprecationWarning, 5)
+    return value
 
 
 def _resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
@@ -207,6 +547,13 @@ def _resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
 def _check_activation(activation_fn: Activation | None) -> None:
     if activation_fn is not None and (isinstance(activation_fn, type) or not callable(activation_fn)):
         raise ConfigError(f"activation_fn is {activation_fn!r}: pass an instance such as torch.nn.Sigmoid()")
+
+
+def _check_supported(trust_remote_code: bool, backend: str) -> None:
+    if trust_remote_code:
+        raise ConfigError("trust_remote_code is not supported: code that comes with a checkpoint is never run")
+    if backend != "torch":
+        raise ConfigError(f"backend is {backend!r}: only torch is supported")
 
 
 def _split_pairs(inputs: Pair | Iterable[Pair] | NDArray[Any]) -> tuple[list[str], list[str], bool]:

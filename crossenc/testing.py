@@ -48,7 +48,7 @@ def tiny_checkpoint(
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from crossenc.checkpoint import quiet_transformers
+    from crossenc.loading import quiet_transformers
 
     makers = {
         "bert": _wordpiece_tokenizer,

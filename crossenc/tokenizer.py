@@ -6,10 +6,10 @@ goes with a hundred documents costs one tokenisation, not a hundred. Knows no mo
 Shape letters: P pairs, T tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,9 @@ from crossenc.records import TokenizedPairs
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
+
+    from crossenc.chat import ChatTokenizer
+    from crossenc.loading import Layout
 
 #: Families whose position table starts at padding_idx + 1, so that many of its rows never hold a token.
 _OFFSET_POSITION_FAMILIES = {
@@ -71,6 +74,21 @@ def position_limit(config: "PretrainedConfig") -> int | None:
     return int(num_positions)
 
 
+class Tokenizer(Protocol):
+    """What turns pairs of texts into token ids, for one checkpoint."""
+
+    @property
+    def max_length(self) -> int: ...
+
+    @property
+    def pad_token_id(self) -> int: ...
+
+    @property
+    def padding_side(self) -> str: ...
+
+    def encode(self, queries: Sequence[str], documents: Sequence[str], prompt: str | None = None) -> TokenizedPairs: ...
+
+
 class PairTokenizer:
     """A checkpoint's fast tokenizer, for (query, document) pairs of at most `max_length` tokens.
 
@@ -81,8 +99,8 @@ class PairTokenizer:
     pad_token_id: int
     padding_side: str
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerFast", max_length: int) -> None:
-        """Wrap `tokenizer`.
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast", max_length: int, prompt: str = "") -> None:
+        """Wrap `tokenizer`; `prompt` stands before every query where a call gives no other.
 
         Raises ConfigError when `max_length` leaves no room for a token of each text, CheckpointError when the
         tokenizer cannot encode or pad pairs.
@@ -91,6 +109,7 @@ class PairTokenizer:
             raise CheckpointError("the tokenizer cannot pad: set pad_token in tokenizer_config.json")
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.prompt = prompt
         self.pad_token_id = int(tokenizer.pad_token_id)
         self.padding_side = str(tokenizer.padding_side)
         self._template = _pair_template(tokenizer)
@@ -100,36 +119,10 @@ class PairTokenizer:
                 f"set max_length to {self._template.num_tokens + 2} or more"
             )
 
-    @classmethod
-    def from_checkpoint(cls, folder: str | Path, max_length: int | None = None) -> "PairTokenizer":
-        """Load the tokenizer of a local checkpoint folder.
-
-        `max_length` defaults to the smaller of what the tokenizer states and what the positions allow.
-        An explicit one may exceed what the tokenizer states, never what the positions allow.
-        Raises ConfigError for a `max_length` out of range, CheckpointError if the tokenizer does not load.
-        """
-        # Imported here because transformers takes seconds to import, which users of a fake need not wait for.
-        from transformers import AutoTokenizer
-
-        from crossenc.checkpoint import load_config, quiet_transformers
-
-        config = load_config(folder)
-        try:
-            with quiet_transformers():
-                tokenizer = AutoTokenizer.from_pretrained(
-                    str(folder), config=config, trust_remote_code=False, local_files_only=True
-                )
-        except Exception as error:
-            raise CheckpointError(f"the tokenizer of {folder} does not load: {error}") from error
-        if not tokenizer.is_fast:
-            raise CheckpointError(
-                f"the tokenizer of {folder} has no fast (Rust) form: convert it with transformers and save "
-                "its tokenizer.json beside the model"
-            )
-        return cls(tokenizer, _resolve_max_length(config, tokenizer, max_length))
-
-    def encode(self, queries: Sequence[str], documents: Sequence[str]) -> TokenizedPairs:
+    def encode(self, queries: Sequence[str], documents: Sequence[str], prompt: str | None = None) -> TokenizedPairs:
         """Tokenise pair p = (queries[p], documents[p]), with special tokens and truncation, without padding.
+
+        `prompt` replaces the tokenizer's own.
 
         Raises InputError for a text that is not a str or holds a lone surrogate, ValueError when the
         arguments differ in length.
@@ -138,6 +131,9 @@ class PairTokenizer:
             raise ValueError(f"encode needs pairs, got {len(queries)} queries and {len(documents)} documents")
         check_texts(queries, "query")
         check_texts(documents, "document")
+        prompt = self.prompt if prompt is None else prompt
+        if prompt:
+            queries = [prompt + query for query in queries]
         return self._template.join(
             self._tokenise(queries),
             self._tokenise(documents),
@@ -160,6 +156,70 @@ class PairTokenizer:
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
         flat = np.concatenate([np.empty(0, np.int32), *ids])
         return Ragged(flat, (np.cumsum(lengths) - lengths)[rows], lengths[rows])
+
+
+def load_tokenizer(
+    folder: str | Path,
+    max_length: int | None = None,
+    *,
+    prompt: str | None = None,
+) -> "PairTokenizer | ChatTokenizer":
+    """Load the tokenizer of a local checkpoint folder.
+
+    `max_length` defaults to the smaller of what the tokenizer states and what the positions allow. An explicit one
+    may exceed what the tokenizer states, never what the positions allow. `prompt` is the checkpoint's default prompt
+    when None.
+    Raises ConfigError for a `max_length` out of range, CheckpointError if the tokenizer does not load.
+    """
+    # Imported here because transformers takes seconds to import, which users of a fake need not wait for.
+    from crossenc.loading import load_config, read_layout
+
+    config = load_config(folder)
+    layout = read_layout(folder, config)
+    if prompt is None:
+        prompt = layout.prompts[layout.default_prompt_name] if layout.default_prompt_name else ""
+    return wrap_tokenizer(load_fast_tokenizer(folder), config, layout, max_length, prompt)
+
+
+def load_fast_tokenizer(folder: str | Path, settings: Mapping[str, Any] | None = None) -> "PreTrainedTokenizerFast":
+    """Transformers' tokenizer of a local folder; `settings` go to transformers. Raises CheckpointError."""
+    from transformers import AutoTokenizer
+
+    from crossenc.loading import quiet_transformers
+
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(folder), **{"trust_remote_code": False, "local_files_only": True, **(settings or {})}
+            )
+    except Exception as error:
+        raise CheckpointError(f"the tokenizer of {folder} does not load: {error}") from error
+    if not tokenizer.is_fast:
+        raise CheckpointError(
+            f"the tokenizer of {folder} has no fast (Rust) form: convert it with transformers and save "
+            "its tokenizer.json beside the model"
+        )
+    return tokenizer
+
+
+def wrap_tokenizer(
+    tokenizer: "PreTrainedTokenizerFast",
+    config: "PretrainedConfig",
+    layout: "Layout",
+    max_length: int | None = None,
+    prompt: str = "",
+) -> "PairTokenizer | ChatTokenizer":
+    """The tokenizer of pairs that goes with a transformers tokenizer and model; arguments as in `load_tokenizer`."""
+    from crossenc.chat import ChatTokenizer
+
+    limit = _resolve_max_length(config, tokenizer, max_length)
+    if layout.is_causal and tokenizer.chat_template:
+        return ChatTokenizer(tokenizer, limit, prompt, layout.template_settings)
+    if layout.is_causal:
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+    return PairTokenizer(tokenizer, limit, prompt)
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,31 +74,31 @@ class CheckpointModel:
         return replace(self, expected=dict(self.digests()))
 
     def score_range(self) -> tuple[float, float]:
-        from crossenc.checkpoint import load_config, resolve_activation
+        from crossenc.loading import read_layout, read_num_labels, resolve_activation
 
         folder = self._folder()
-        config = load_config(folder)
-        if config.num_labels != 1:
-            raise InputError(
-                f"{self.source} gives {config.num_labels} scores a pair; reranking needs a model with one label"
-            )
-        return (0.0, 1.0) if resolve_activation(folder, config).endswith("Sigmoid") else (-12.0, 12.0)
+        layout = read_layout(folder)
+        num_labels = read_num_labels(folder, layout)
+        if num_labels != 1:
+            raise InputError(f"{self.source} gives {num_labels} scores a pair; reranking needs a model with one label")
+        is_sigmoid = type(resolve_activation(layout, num_labels)).__name__ == "Sigmoid"
+        return (0.0, 1.0) if is_sigmoid else (-12.0, 12.0)
 
     def load_tokenizer(self) -> Tokenizer:
-        from crossenc.tokenizer import PairTokenizer
+        from crossenc.tokenizer import load_tokenizer
 
-        return PairTokenizer.from_checkpoint(self._folder(), self.max_length)
+        return load_tokenizer(self._folder(), self.max_length)
 
     def load_scorer(self, threads: int) -> Scorer:
         import torch
 
         from crossenc.engine import Engine
-        from crossenc.tokenizer import PairTokenizer
+        from crossenc.tokenizer import load_tokenizer
 
         torch.set_num_threads(threads)
         folder = self._folder()
         self._check_files(folder)
-        tokenizer = PairTokenizer.from_checkpoint(folder, self.max_length)
+        tokenizer = load_tokenizer(folder, self.max_length)
         engine = Engine.from_checkpoint(
             folder,
             tokenizer,

@@ -14,14 +14,14 @@ from crossenc.engine import CPU_BATCH_TOKENS, Engine, Scorer
 from crossenc.errors import ConfigError
 from crossenc.records import TokenizedPairs
 from crossenc.testing import WORDS, FakeScorer, FakeTokenizer, tiny_checkpoint
-from crossenc.tokenizer import PairTokenizer
+from crossenc.tokenizer import PairTokenizer, load_tokenizer
 
 # Batches of other shapes add float32 products in another order; the differences stay around 1e-6.
 TOLERANCE = 1e-5
 
 
 def load(folder: Path, **options: Any) -> tuple[PairTokenizer, Engine]:
-    tokenizer = PairTokenizer.from_checkpoint(folder)
+    tokenizer = load_tokenizer(folder)
     return tokenizer, Engine.from_checkpoint(folder, tokenizer, device="cpu", **options)
 
 
@@ -45,7 +45,7 @@ def one_by_one(engine: Engine, pairs: TokenizedPairs) -> np.ndarray:
         if pairs.token_type_ids is not None:
             inputs["token_type_ids"] = torch.from_numpy(pairs.token_type_ids[start:end].astype(np.int64))[None]
         with torch.no_grad():
-            scores.append(engine.activation(engine.model(**inputs).logits.float())[0].numpy())
+            scores.append(engine.activation(engine.network(inputs)["scores"].float())[0].numpy())
     return np.array(scores)
 
 
@@ -54,14 +54,14 @@ class RunsOutOfMemory(torch.nn.Module):
 
     def __init__(self, model: Any, num_tokens: int) -> None:
         super().__init__()
-        self.model, self.config, self.num_tokens = model, model.config, num_tokens
+        self.model, self.num_tokens = model, num_tokens
         self.batches: list[tuple[int, int]] = []
 
-    def forward(self, input_ids: torch.Tensor, **inputs: torch.Tensor) -> Any:
-        self.batches.append(tuple(input_ids.shape))
-        if input_ids.numel() > self.num_tokens:
+    def forward(self, features: dict[str, torch.Tensor]) -> Any:
+        self.batches.append(tuple(features["input_ids"].shape))
+        if features["input_ids"].numel() > self.num_tokens:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return self.model(input_ids=input_ids, **inputs)
+        return self.model(features)
 
 
 def test_scores_are_in_input_order_and_equal_those_of_lone_pairs(
@@ -102,7 +102,7 @@ def test_scoring_twice_gives_equal_bits(bert: tuple[PairTokenizer, Engine], pair
 def test_left_padding_is_honoured(bert: tuple[PairTokenizer, Engine], pairs: TokenizedPairs) -> None:
     seen = []
     engine = replace(bert[1], padding_side="left", pad_token_id=77, max_batch_tokens=10_000)
-    hook = engine.model.register_forward_pre_hook(lambda _, __, inputs: seen.append(inputs), with_kwargs=True)
+    hook = engine.network[0].model.register_forward_pre_hook(lambda _, __, inputs: seen.append(inputs), with_kwargs=True)
     engine.score(pairs)
     hook.remove()
     ids, mask, types = (seen[0][name] for name in ("input_ids", "attention_mask", "token_type_ids"))
@@ -149,10 +149,10 @@ def test_a_model_in_training_is_scored_in_eval_mode_and_left_in_training(
     bert: tuple[PairTokenizer, Engine], pairs: TokenizedPairs
 ) -> None:
     expected = bert[1].score(pairs)
-    bert[1].model.train()
+    bert[1].network.train()
     scores = bert[1].score(pairs)
-    assert bert[1].model.training
-    bert[1].model.eval()
+    assert bert[1].network.training
+    bert[1].network.eval()
     assert scores.tobytes() == expected.tobytes()  # dropout would change them
 
 
@@ -162,7 +162,7 @@ def test_scoring_leaves_no_gradients_and_no_autograd_mode(
     bert[1].score(pairs)
     assert torch.is_grad_enabled()
     assert not torch.is_inference_mode_enabled()
-    assert all(parameter.grad is None for parameter in bert[1].model.parameters())
+    assert all(parameter.grad is None for parameter in bert[1].network.parameters())
 
 
 def test_finished_batches_are_reported(bert: tuple[PairTokenizer, Engine], pairs: TokenizedPairs) -> None:
@@ -180,9 +180,9 @@ def test_out_of_memory_halves_what_is_left_and_changes_no_score(
 ) -> None:
     assert pairs.lengths.max() == 63
     caplog.set_level("WARNING")
-    model = RunsOutOfMemory(bert[1].model, num_tokens)
+    model = RunsOutOfMemory(bert[1].network, num_tokens)
     counts: list[int] = []
-    engine = replace(bert[1], model=model, max_batch_tokens=2000)
+    engine = replace(bert[1], network=model, max_batch_tokens=2000)
     np.testing.assert_allclose(engine.score(pairs, counts.append), bert[1].score(pairs), atol=TOLERANCE)
     assert sum(counts) == len(pairs)
     done = [rows for rows, width in model.batches if rows * width <= num_tokens]
@@ -194,9 +194,9 @@ def test_out_of_memory_halves_what_is_left_and_changes_no_score(
 
 
 def test_out_of_memory_with_a_single_pair_is_raised(bert: tuple[PairTokenizer, Engine], pairs: TokenizedPairs) -> None:
-    model = RunsOutOfMemory(bert[1].model, 62)
+    model = RunsOutOfMemory(bert[1].network, 62)
     with pytest.raises(torch.OutOfMemoryError):
-        replace(bert[1], model=model).score(pairs)
+        replace(bert[1], network=model).score(pairs)
     assert model.batches[-1] == (1, 63)
 
 

@@ -131,10 +131,10 @@ def test_a_progress_bar_shows_only_when_asked_for(model: CrossEncoder, capfd: py
 
 def test_training_mode_is_restored(model: CrossEncoder) -> None:
     expected = model.predict(PAIRS)
-    model.model.train()
+    model.train()
     scores = model.predict(PAIRS)
     was_training = model.model.training
-    model.model.eval()
+    model.eval()
     assert was_training
     np.testing.assert_array_equal(scores, expected)
 
@@ -160,8 +160,8 @@ def test_what_is_not_a_pair_of_texts_is_refused_with_its_index(model: CrossEncod
 
 
 def test_an_unknown_keyword_is_an_error(model: CrossEncoder) -> None:
-    with pytest.raises(TypeError, match="num_workers"):
-        model.predict(PAIRS, num_workers=0)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"predict\(\) has no argument 'batchsize': did you mean 'batch_size'"):
+        model.predict(PAIRS, batchsize=2)
     with pytest.raises(TypeError):
         model.predict(PAIRS, 64)  # type: ignore[misc]
 

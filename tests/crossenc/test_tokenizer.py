@@ -10,7 +10,7 @@ from transformers import AutoConfig, RobertaConfig
 
 from crossenc.errors import CheckpointError, ConfigError, InputError
 from crossenc.testing import FakeTokenizer, Family, tiny_checkpoint
-from crossenc.tokenizer import PairTokenizer, position_limit
+from crossenc.tokenizer import PairTokenizer, load_tokenizer, position_limit
 
 FAMILIES: tuple[Family, ...] = ("bert", "xlm-roberta", "electra", "modernbert")
 NUM_SPECIAL = {"bert": 3, "electra": 3, "modernbert": 3, "xlm-roberta": 4}
@@ -29,7 +29,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def tokenizers(checkpoints: dict[str, Path]) -> dict[str, PairTokenizer]:
-    return {family: PairTokenizer.from_checkpoint(folder) for family, folder in checkpoints.items()}
+    return {family: load_tokenizer(folder) for family, folder in checkpoints.items()}
 
 
 def assert_equal_to_transformers(
@@ -65,7 +65,7 @@ def test_pairs_are_encoded_as_transformers_encodes_them(
 def test_truncation_equals_transformers_at_every_balance_of_lengths(
     num_query_words: int, num_document_words: int, max_length: int, side: str, checkpoints: dict[str, Path]
 ) -> None:
-    tokenizer = PairTokenizer.from_checkpoint(checkpoints["bert"])
+    tokenizer = load_tokenizer(checkpoints["bert"])
     tokenizer.tokenizer.truncation_side = side
     query, document = ("the water " * 20).split(), ("heart blood " * 20).split()
     queries, documents = [" ".join(query[:num_query_words])], [" ".join(document[:num_document_words])]
@@ -121,7 +121,7 @@ def test_a_text_that_is_not_text_is_refused_with_its_position(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_default_limit_is_what_the_positions_hold(family: str, checkpoints: dict[str, Path]) -> None:
-    tokenizer = PairTokenizer.from_checkpoint(checkpoints[family])
+    tokenizer = load_tokenizer(checkpoints[family])
     assert tokenizer.max_length == 48
     # XLM-R's table is two rows longer than the tokens it can hold.
     assert AutoConfig.from_pretrained(checkpoints[family]).max_position_embeddings in (48, 50)
@@ -135,8 +135,8 @@ def test_a_tokenizer_that_states_less_than_the_positions_sets_the_default_only(
     checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = copy_with(checkpoints["bert"], tmp_path, "tokenizer_config.json", model_max_length=20)
-    assert PairTokenizer.from_checkpoint(folder).max_length == 20
-    assert PairTokenizer.from_checkpoint(folder, 40).max_length == 40
+    assert load_tokenizer(folder).max_length == 20
+    assert load_tokenizer(folder, 40).max_length == 40
 
 
 def test_without_any_stated_limit_one_must_be_given(checkpoints: dict[str, Path], tmp_path: Path) -> None:
@@ -144,23 +144,23 @@ def test_without_any_stated_limit_one_must_be_given(checkpoints: dict[str, Path]
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": -1}))
     with pytest.raises(ConfigError, match="set max_length"):
-        PairTokenizer.from_checkpoint(folder)
-    assert PairTokenizer.from_checkpoint(folder, 40).max_length == 40
+        load_tokenizer(folder)
+    assert load_tokenizer(folder, 40).max_length == 40
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_limit_out_of_range_is_refused(family: str, checkpoints: dict[str, Path]) -> None:
     smallest = NUM_SPECIAL[family] + 2
-    assert PairTokenizer.from_checkpoint(checkpoints[family], smallest).max_length == smallest
+    assert load_tokenizer(checkpoints[family], smallest).max_length == smallest
     for max_length in (-1, 0, smallest - 1, 49):
         with pytest.raises(ConfigError, match=f"max_length is {max_length}"):
-            PairTokenizer.from_checkpoint(checkpoints[family], max_length)
+            load_tokenizer(checkpoints[family], max_length)
 
 
 def test_a_damaged_tokenizer_is_refused_by_folder(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     folder = copy_with(checkpoints["modernbert"], tmp_path, "tokenizer.json", model={"type": "nonsense"})
     with pytest.raises(CheckpointError, match=f"tokenizer of {folder}"):
-        PairTokenizer.from_checkpoint(folder)
+        load_tokenizer(folder)
 
 
 def test_a_tokenizer_that_cannot_pad_is_refused(tokenizers: dict[str, PairTokenizer]) -> None:

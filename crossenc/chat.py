@@ -1,0 +1,108 @@
+"""Texts to token ids for language models that are asked about a pair: by the checkpoint's chat template.
+
+A pair becomes a conversation of a "query" and a "document" message, with a prompt before them as the "system"
+message. What a pair is cut by comes out of its texts, never out of what the template puts after them: the answer
+is read off the last token. Knows no model, device or batch.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crossenc.errors import CheckpointError, ConfigError
+from crossenc.records import TokenizedPairs
+from crossenc.tokenizer import check_texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_TEXTS_PER_CALL = 512
+
+
+class ChatTokenizer:
+    """A language model's tokenizer with its chat template, for pairs of at most `max_length` tokens.
+
+    `prompt` is the system message where a call gives none; `template_settings` go to the template.
+    """
+
+    padding_side = "left"
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerFast",
+        max_length: int,
+        prompt: str = "",
+        template_settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Raises CheckpointError when the template leaves the query or the document out, or nothing can pad."""
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        if pad is None:
+            raise CheckpointError("the tokenizer cannot pad: set pad_token in tokenizer_config.json")
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.pad_token_id = int(pad)
+        self.prompt = prompt
+        self._template_settings = dict(template_settings or {})
+        self._check_template()
+
+    def encode(self, queries: Sequence[str], documents: Sequence[str], prompt: str | None = None) -> TokenizedPairs:
+        """Tokenise pair p = (queries[p], documents[p]) as a conversation; there are no token types.
+
+        Raises InputError for a text that is not a str or holds a lone surrogate, ConfigError where the template
+        alone exceeds `max_length`, ValueError when the arguments differ in length.
+        """
+        if len(queries) != len(documents):
+            raise ValueError(f"encode needs pairs, got {len(queries)} queries and {len(documents)} documents")
+        check_texts(queries, "query")
+        check_texts(documents, "document")
+        prompt = self.prompt if prompt is None else prompt
+        rows = self._tokenise([self._render(*pair, prompt) for pair in zip(queries, documents, strict=True)])
+        truncated = np.array([len(row) > self.max_length for row in rows], dtype=bool)
+        if truncated.any():
+            ending = self._ending(prompt)
+            if len(ending) >= self.max_length:
+                raise ConfigError(
+                    f"max_length is {self.max_length}, but the chat template ends in {len(ending)} tokens"
+                )
+            kept = self.max_length - len(ending)
+            rows = [
+                np.concatenate([row[:kept], ending]) if cut else row for row, cut in zip(rows, truncated, strict=True)
+            ]
+        offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
+        return TokenizedPairs(np.concatenate([np.empty(0, np.int32), *rows]), offsets, None, truncated)
+
+    def _render(self, query: str, document: str, prompt: str) -> str:
+        messages = [{"role": "system", "content": prompt}] if prompt else []
+        messages += [{"role": "query", "content": query}, {"role": "document", "content": document}]
+        rendered: str = self.tokenizer.apply_chat_template(messages, tokenize=False, **self._template_settings)
+        return rendered
+
+    def _tokenise(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        rows = []
+        for start in range(0, len(texts), _TEXTS_PER_CALL):
+            encodings = backend.encode_batch_fast(texts[start : start + _TEXTS_PER_CALL], add_special_tokens=False)
+            rows += [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+        return rows
+
+    def _ending(self, prompt: str) -> NDArray[np.int32]:
+        """The tokens that the template puts after the texts: those that two different pairs end in alike."""
+        first, second = self._tokenise([self._render("0", "0", prompt), self._render("1 2 3 4", "1 2 3 4", prompt)])
+        width = min(len(first), len(second))
+        differs = np.flatnonzero(first[::-1][:width] != second[::-1][:width])
+        return first[len(first) - int(differs[0]) :] if len(differs) else first[:0]
+
+    def _check_template(self) -> None:
+        try:
+            same, other_query, other_document = (
+                self._render(*pair, self.prompt) for pair in (("a", "b"), ("c", "b"), ("a", "c"))
+            )
+        except Exception as error:  # a template can raise anything
+            raise CheckpointError(f"the chat template does not take a query and a document: {error}") from error
+        for role, rendered in (("query", other_query), ("document", other_document)):
+            if rendered == same:
+                raise CheckpointError(f"the chat template leaves the {role} out: it must use the role {role!r}")

@@ -1,0 +1,145 @@
+"""Writing checkpoints: one folder that this library, transformers and sentence-transformers 4 to 6 load alike.
+
+    config.json, *.safetensors, tokenizer files   transformers' own
+    modules.json and two settings files           the parts and the activation, as sentence-transformers 6 reads them
+    1_Pooling/, 2_Dense/ …                        parts after the Transformer
+
+The activation also stands in config.json, where versions 4 and 5 and several serving programs look for it.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import HfApi
+
+from crossenc.activations import activation_name
+from crossenc.loading import MODULES_FILE, OWN_SETTINGS_FILE, TRANSFORMER_FILE, quiet_transformers
+from crossenc.modules import Part, Transformer
+
+if TYPE_CHECKING:
+    from crossenc.model import CrossEncoder
+
+#: The version of sentence-transformers whose layout this is.
+_LAYOUT_VERSION = "6.2.0"
+
+
+def save_checkpoint(model: "CrossEncoder", folder: Path) -> None:
+    """Write `model` to `folder`. What a kill leaves is never a folder that looks complete but is not.
+
+    Files of an earlier checkpoint there are replaced; other files stay.
+    """
+    unfinished = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.unfinished")
+    unfinished.mkdir(parents=True)
+    try:
+        _write_parts(model, unfinished)
+        _write_settings(model, unfinished)
+        if not folder.exists():
+            os.replace(unfinished, folder)
+            return
+        (folder / MODULES_FILE).unlink(missing_ok=True)
+        for stale in folder.glob("*.safetensors*"):
+            stale.unlink()
+        files = [path for path in unfinished.rglob("*") if path.is_file()]
+        for path in sorted(files, key=lambda path: path.name == MODULES_FILE):  # it makes the folder a checkpoint
+            place = folder / path.relative_to(unfinished)
+            place.parent.mkdir(exist_ok=True)
+            os.replace(path, place)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _write_parts(model: "CrossEncoder", folder: Path) -> None:
+    config = model.config
+    stale = {"sbert_ce_default_activation_function", "sentence_transformers"}
+    for name in stale & set(vars(config)):
+        delattr(config, name)
+    config.sentence_transformers = {"activation_fn": activation_name(model.activation_fn), "version": _LAYOUT_VERSION}
+    tokenizer = model.tokenizer
+    tokenizer.backend_tokenizer.no_truncation()  # or the limits of the last call would be saved
+    tokenizer.backend_tokenizer.no_padding()
+    stated, tokenizer.model_max_length = tokenizer.model_max_length, model.max_length
+    try:
+        with quiet_transformers():
+            model.model.save_pretrained(str(folder))
+            tokenizer.save_pretrained(str(folder))
+    finally:
+        tokenizer.model_max_length = stated
+    for place, part in _places(model):
+        if place:
+            part.save(folder / place)
+
+
+def _places(model: "CrossEncoder") -> list[tuple[str, Any]]:
+    """Each part with its folder; the Transformer lies in the checkpoint's own."""
+    return [(f"{i}_{type(part).__name__}" if i else "", part) for i, part in enumerate(model)]
+
+
+def _write_settings(model: "CrossEncoder", folder: Path) -> None:
+    transformer = model[0]
+    assert isinstance(transformer, Transformer)
+    output, key = Transformer.OUTPUTS[transformer.task]
+    text = {"method": "forward", "method_output_name": output}
+    settings: dict[str, Any] = {
+        "transformer_task": transformer.task,
+        "modality_config": {"text": text},
+        "module_output_name": key,
+    }
+    if model.template_settings:
+        settings["processing_kwargs"] = {"chat_template": dict(model.template_settings)}
+    if transformer.task == "text-generation" and model.tokenizer.chat_template:
+        settings["modality_config"]["message"] = {**text, "format": "flat"}
+    modules = [
+        {"idx": i, "name": str(i), "path": place, "type": type(part).saved_type}
+        for i, (place, part) in enumerate(_places(model))
+        if isinstance(part, Part | Transformer)
+    ]
+    own = {
+        "__version__": {
+            "crossenc": version("crossenc"),
+            "pytorch": torch.__version__,
+            "sentence_transformers": _LAYOUT_VERSION,
+            "transformers": version("transformers"),
+        },
+        "activation_fn": activation_name(model.activation_fn),
+        "default_prompt_name": model.default_prompt_name,
+        "model_type": "CrossEncoder",
+        "prompts": dict(model.prompts),
+    }
+    for name, content in ((TRANSFORMER_FILE, settings), (OWN_SETTINGS_FILE, own), (MODULES_FILE, modules)):
+        (folder / name).write_text(json.dumps(content, indent=2, sort_keys=isinstance(content, dict)))
+
+
+def push_folder(
+    save: Callable[[str], None],
+    repo_id: str,
+    *,
+    token: str | None,
+    private: bool | None,
+    commit_message: str,
+    exist_ok: bool,
+    revision: str | None,
+    create_pr: bool,
+) -> str:
+    """Save into a temporary folder, upload it, and return the URL of the commit or pull request."""
+    api = HfApi(token=token)
+    place = api.create_repo(repo_id, private=private, exist_ok=exist_ok or create_pr, repo_type="model")
+    if revision is not None:
+        api.create_branch(place.repo_id, branch=revision, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        save(os.path.join(folder, "model"))
+        done = api.upload_folder(
+            repo_id=place.repo_id,
+            folder_path=os.path.join(folder, "model"),
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+        )
+    return str(done.pr_url or done.commit_url if create_pr else done.commit_url)
