@@ -23,6 +23,7 @@ from crossenc.checkpoint import fetch
 from crossenc.deprecation import accepts_old_arguments
 from crossenc.engine import Activation, Engine, default_batch_tokens, default_device
 from crossenc.errors import CheckpointError, ConfigError, InputError
+from crossenc.fitting import FitSettings, fit, text_loss
 from crossenc.loading import Layout, load_parts, num_labels_of, read_layout, resolve_activation
 from crossenc.modules import Features, Transformer
 from crossenc.ranking import order
@@ -411,6 +412,62 @@ class CrossEncoder(nn.Sequential, AdapterMixin):
             return prompt
         name = prompt_name or self.default_prompt_name
         return "" if name is None else _named_prompt(self.prompts, name)
+
+    def fit(  # noqa: PLR0913
+        self,
+        train_dataloader: Any,
+        evaluator: Callable[..., Any] | None = None,
+        epochs: int = 1,
+        loss_fct: nn.Module | None = None,
+        activation_fct: nn.Module | None = None,
+        scheduler: str = "WarmupLinear",
+        warmup_steps: int = 10_000,
+        optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
+        optimizer_params: Mapping[str, Any] | None = None,
+        weight_decay: float = 0.01,
+        evaluation_steps: int = 0,
+        output_path: str | None = None,
+        save_best_model: bool = True,
+        max_grad_norm: float = 1.0,
+        use_amp: bool = False,
+        callback: Callable[[float, int, int], None] | None = None,
+        show_progress_bar: bool = True,
+    ) -> None:
+        """Train on a DataLoader of InputExample, in this process.
+
+        `loss_fct` is one of crossenc.losses or a torch loss of scores and labels; by default binary cross-entropy
+        for one label, cross-entropy for more. `activation_fct` comes before a torch loss (none by default).
+        `scheduler` is ConstantLR, WarmupConstant, WarmupLinear, WarmupCosine or WarmupCosineWithHardRestarts.
+        `use_amp` computes in float16 on CUDA and bfloat16 elsewhere. The rest is explained at
+        crossenc.fitting.FitSettings and crossenc.fitting.fit, with the errors.
+        """
+        settings = FitSettings(
+            epochs=epochs,
+            scheduler=scheduler,
+            warmup_steps=warmup_steps,
+            optimizer_class=optimizer_class,
+            optimizer_params={"lr": 2e-5} if optimizer_params is None else optimizer_params,
+            weight_decay=weight_decay,
+            evaluation_steps=evaluation_steps or 0,
+            output_path=output_path,
+            save_best_model=save_best_model,
+            max_grad_norm=max_grad_norm,
+            use_amp=use_amp,
+            show_progress_bar=show_progress_bar,
+        )
+        train_dataloader.collate_fn = list  # examples as they are
+        fit(
+            self,
+            train_dataloader,
+            text_loss(self, loss_fct, activation_fct or nn.Identity()),
+            settings,
+            evaluator,
+            callback,
+        )
+
+    def mark_trained(self) -> None:
+        """Say that the head is not random any more: called by whoever trained it."""
+        self._source.head_is_new = False
 
     def evaluate(self, evaluator: Callable[..., Any], output_path: str | None = None) -> Any:
         """What `evaluator(model, output_path)` returns."""

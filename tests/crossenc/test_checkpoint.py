@@ -11,7 +11,6 @@ import fsspec
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
-from safetensors.torch import load_file, save_file
 
 from crossenc.checkpoint import (
     check_folder,

@@ -102,7 +102,9 @@ def test_scoring_twice_gives_equal_bits(bert: tuple[PairTokenizer, Engine], pair
 def test_left_padding_is_honoured(bert: tuple[PairTokenizer, Engine], pairs: TokenizedPairs) -> None:
     seen = []
     engine = replace(bert[1], padding_side="left", pad_token_id=77, max_batch_tokens=10_000)
-    hook = engine.network[0].model.register_forward_pre_hook(lambda _, __, inputs: seen.append(inputs), with_kwargs=True)
+    hook = engine.network[0].model.register_forward_pre_hook(
+        lambda _, __, inputs: seen.append(inputs), with_kwargs=True
+    )
     engine.score(pairs)
     hook.remove()
     ids, mask, types = (seen[0][name] for name in ("input_ids", "attention_mask", "token_type_ids"))

@@ -162,8 +162,27 @@ def test_what_is_not_a_pair_of_texts_is_refused_with_its_index(model: CrossEncod
 def test_an_unknown_keyword_is_an_error(model: CrossEncoder) -> None:
     with pytest.raises(TypeError, match=r"predict\(\) has no argument 'batchsize': did you mean 'batch_size'"):
         model.predict(PAIRS, batchsize=2)
-    with pytest.raises(TypeError):
-        model.predict(PAIRS, 64)  # type: ignore[misc]
+
+
+def test_arguments_of_older_versions_still_work_and_warn(model: CrossEncoder, folder: Path) -> None:
+    expected = model.predict(PAIRS)
+    with pytest.warns(DeprecationWarning, match="write batch_size="):
+        np.testing.assert_allclose(model.predict(PAIRS, 64), expected, atol=1e-6)
+    with pytest.warns(DeprecationWarning, match="'sentences' .* write 'inputs'"):
+        np.testing.assert_allclose(model.predict(sentences=PAIRS), expected, atol=1e-6)
+    with pytest.warns(DeprecationWarning, match="'num_workers' .* has no effect"):
+        np.testing.assert_allclose(model.predict(PAIRS, num_workers=2), expected, atol=1e-6)
+    with pytest.warns(DeprecationWarning, match="write 'activation_fn'"):
+        raw = model.predict(PAIRS, activation_fct=torch.nn.Identity())
+    with pytest.warns(DeprecationWarning, match="by name only"):
+        old = CrossEncoder(folder, 1, 64)
+    assert (old.num_labels, old.max_length) == (1, 64)
+    with pytest.warns(DeprecationWarning, match="'default_activation_function' .* write 'activation_fn'"):
+        old = CrossEncoder(folder, default_activation_function=torch.nn.Identity())
+    np.testing.assert_allclose(old.predict(PAIRS), raw, atol=1e-6)
+    for old_name in ("automodel_args", "tokenizer_args", "config_args"):
+        with pytest.warns(DeprecationWarning, match=old_name):
+            np.testing.assert_allclose(CrossEncoder(folder, **{old_name: {}}).predict(PAIRS), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("activation", [torch.nn.Sigmoid, "sigmoid"])

@@ -1,0 +1,223 @@
+"""`CrossEncoder.fit`: a plain training loop in one process, as users of its namesake know it.
+
+Examples come from a DataLoader, the loss is a function of scores and labels or of texts and labels, and the best
+model by an evaluator is kept. Knows no cluster; jobs for many workers are another matter.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from transformers import optimization
+
+from crossenc.errors import ConfigError, InputError, ScoreError
+
+if TYPE_CHECKING:
+    from crossenc.model import CrossEncoder
+
+#: Weights with these names are not decayed.
+_NOT_DECAYED = ("bias", "LayerNorm", "layer_norm", "norm.weight")
+_SCHEDULERS = ("constantlr", "warmupconstant", "warmuplinear", "warmupcosine", "warmupcosinewithhardrestarts")
+
+
+@dataclass(slots=True)
+class InputExample:
+    """A training example: texts and what the model should say of them.
+
+    `texts` is a query and a document, or what the loss asks for; `label` a number, or a list of them.
+    """
+
+    guid: str = ""
+    texts: Sequence[Any] = field(default_factory=list)
+    label: Any = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitSettings:
+    """How to train. `warmup_steps` and `evaluation_steps` count optimizer steps; 0 evaluates after epochs only."""
+
+    epochs: int = 1
+    scheduler: str = "WarmupLinear"
+    warmup_steps: int = 10_000
+    optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW
+    optimizer_params: Mapping[str, Any] = field(default_factory=lambda: {"lr": 2e-5})
+    weight_decay: float = 0.01
+    evaluation_steps: int = 0
+    output_path: str | None = None
+    save_best_model: bool = True
+    max_grad_norm: float = 1.0
+    use_amp: bool = False
+    show_progress_bar: bool = True
+
+
+def fit(
+    model: "CrossEncoder",
+    batches: Iterable[Sequence[InputExample]],
+    loss: Callable[[Sequence[InputExample]], Tensor],
+    settings: FitSettings,
+    evaluator: Callable[..., Any] | None = None,
+    callback: Callable[[float, int, int], None] | None = None,
+) -> None:
+    """Train `model` on `batches`, which can be gone through once per epoch.
+
+    `loss` maps a batch to a scalar. After each epoch, and each `evaluation_steps`, `evaluator` is called and
+    `callback(value, epoch, step)` told; the best model by it is saved to `output_path`, or without an evaluator the
+    last one. Raises ScoreError when the loss is not finite, InputError when there are no batches.
+    """
+    num_batches = len(batches)  # type: ignore[arg-type]
+    if num_batches == 0:
+        raise InputError("there is nothing to train on: the data loader gives no batches")
+    optimizer = settings.optimizer_class(_parameter_groups(model, settings.weight_decay), **settings.optimizer_params)
+    schedule = _schedule(settings, optimizer, num_batches * settings.epochs)
+    keeper = _BestKeeper(model, settings, evaluator, callback)
+    scaler = torch.amp.GradScaler(enabled=settings.use_amp and model.device.type == "cuda")
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    step = 0
+    with _progress(num_batches * settings.epochs, settings.show_progress_bar) as advance:
+        for epoch in range(settings.epochs):
+            for batch in batches:
+                model.train()
+                with _autocast(model, settings.use_amp):
+                    value = loss(batch)
+                if not math.isfinite(value.item()):
+                    raise ScoreError(
+                        f"the loss is {value.item()} at step {step + 1}: lower the learning rate, or look for labels"
+                        f" out of range in {[example.guid or example.texts for example in batch][:1]}"
+                    )
+                optimizer.zero_grad()
+                scaler.scale(value).backward()  # type: ignore[no-untyped-call]
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+                scaler.step(optimizer)
+                scaler.update()
+                schedule.step()
+                step += 1
+                advance(value.item())
+                if settings.evaluation_steps > 0 and step % settings.evaluation_steps == 0:
+                    keeper.evaluate(epoch, step)
+            model.eval()
+            model.mark_trained()
+            keeper.evaluate(epoch, step)
+    if evaluator is None and settings.output_path is not None:
+        model.save_pretrained(settings.output_path)
+
+
+class _BestKeeper:
+    """Evaluates now and then, and saves the model when it is better than ever before."""
+
+    def __init__(
+        self,
+        model: "CrossEncoder",
+        settings: FitSettings,
+        evaluator: Callable[..., Any] | None,
+        callback: Callable[[float, int, int], None] | None,
+    ) -> None:
+        self._model, self._settings, self._evaluator, self._callback = model, settings, evaluator, callback
+        self._best = -math.inf
+
+    def evaluate(self, epoch: int, step: int) -> None:
+        """Call the evaluator; keep the model if it is the best."""
+        if self._evaluator is None:
+            return
+        model, output_path = self._model, self._settings.output_path
+        model.eval()
+        model.mark_trained()
+        result = self._evaluator(model, output_path=output_path, epoch=epoch, steps=step)
+        value = float(result[self._evaluator.primary_metric] if isinstance(result, Mapping) else result)  # type: ignore[attr-defined]
+        if self._callback is not None:
+            self._callback(value, epoch, step)
+        if value > self._best:
+            self._best = value
+            if self._settings.save_best_model and output_path is not None:
+                model.save_pretrained(output_path)
+
+
+def text_loss(
+    model: "CrossEncoder", loss_fct: nn.Module | None, activation_fct: nn.Module
+) -> Callable[[Sequence[InputExample]], Tensor]:
+    """A function from a batch of examples to a loss.
+
+    `loss_fct` is one of crossenc.losses, which take texts; or a torch loss of scores and labels, by default binary
+    cross-entropy for one label and cross-entropy for more.
+    """
+    if getattr(loss_fct, "takes_texts", False):
+        return lambda batch: loss_fct(_columns(batch), _labels(batch, model.device))  # type: ignore[misc]
+    chosen: nn.Module = loss_fct or (nn.BCEWithLogitsLoss() if model.num_labels == 1 else nn.CrossEntropyLoss())
+    chosen.to(model.device)
+
+    def compute(batch: Sequence[InputExample]) -> Tensor:
+        for example in batch:
+            if len(example.texts) != 2:
+                raise InputError(f"an example has {len(example.texts)} texts: this loss needs a query and a document")
+        scores_BL = activation_fct(model.logits([tuple(example.texts) for example in batch]))
+        labels = _labels(batch, model.device)
+        if model.num_labels == 1:
+            value: Tensor = chosen(scores_BL.view(-1), labels.float())
+        else:
+            value = chosen(scores_BL, labels.long())
+        return value
+
+    return compute
+
+
+def _columns(batch: Sequence[InputExample]) -> list[list[Any]]:
+    """The examples' first texts, their second ones …"""
+    return [list(column) for column in zip(*(example.texts for example in batch), strict=True)]
+
+
+def _labels(batch: Sequence[InputExample], device: torch.device) -> Any:
+    """The labels as a tensor, or as a list of tensors where they differ in number."""
+    labels = [example.label for example in batch]
+    try:
+        return torch.tensor(labels, device=device)
+    except ValueError:  # lists of different lengths
+        return [torch.tensor(label, device=device) for label in labels]
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    spared = [parameter for name, parameter in named if any(part in name for part in _NOT_DECAYED)]
+    decayed = [parameter for name, parameter in named if not any(part in name for part in _NOT_DECAYED)]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+
+
+def _schedule(settings: FitSettings, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:
+    name, warmup = settings.scheduler.lower(), settings.warmup_steps
+    if name == "constantlr":
+        return optimization.get_constant_schedule(optimizer)
+    if name == "warmupconstant":
+        return optimization.get_constant_schedule_with_warmup(optimizer, warmup)
+    if name == "warmuplinear":
+        return optimization.get_linear_schedule_with_warmup(optimizer, warmup, num_steps)
+    if name == "warmupcosine":
+        return optimization.get_cosine_schedule_with_warmup(optimizer, warmup, num_steps)
+    if name == "warmupcosinewithhardrestarts":
+        return optimization.get_cosine_with_hard_restarts_schedule_with_warmup(optimizer, warmup, num_steps)
+    raise ConfigError(f"there is no scheduler {settings.scheduler!r}: choose from {', '.join(_SCHEDULERS)}")
+
+
+def _autocast(model: "CrossEncoder", use_amp: bool) -> contextlib.AbstractContextManager[Any]:
+    if not use_amp:
+        return contextlib.nullcontext()
+    dtype = torch.float16 if model.device.type == "cuda" else torch.bfloat16
+    return torch.autocast(model.device.type, dtype=dtype)
+
+
+@contextlib.contextmanager
+def _progress(num_steps: int, shown: bool) -> Iterator[Callable[[float], None]]:
+    """Give a function that moves a progress bar one step on and shows the loss."""
+    columns = (
+        TextColumn("Training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, disable=not shown) as bar:
+        task = bar.add_task("", total=num_steps)
+        yield lambda loss: bar.update(task, advance=1, description=f"loss {loss:.4f}")

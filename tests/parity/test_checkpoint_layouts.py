@@ -1,0 +1,216 @@
+"""Checkpoints of every layout score the same here and in sentence-transformers, whichever of the two saved them."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sentence_transformers
+import torch
+from sentence_transformers.base.modules import Dense, Transformer
+from sentence_transformers.cross_encoder.modules import LogitScore
+from sentence_transformers.sentence_transformer.modules import LayerNorm, Pooling
+from transformers import AutoModel, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+from crossenc import CrossEncoder
+from crossenc.errors import CheckpointError
+from crossenc.loading import quiet_transformers
+from crossenc.testing import tiny_checkpoint
+
+TOLERANCE = 1e-6
+PAIRS = [
+    ("what is water", "the river of the city"),
+    ("how is bread", "in the stone bridge of winter"),
+    ("what", "a"),
+    ("the " * 90, "music " * 90),
+    ("", "paper"),
+]
+TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}> {{ message['content'] }}\n{% endfor %}<answer> the bread is"
+)
+
+
+def reference(folder: Path, **options: Any) -> Any:
+    with quiet_transformers():
+        return sentence_transformers.CrossEncoder(
+            str(folder), device="cpu", model_kwargs={"dtype": torch.float32}, **options
+        )
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**content, **changes}))
+
+
+def version_3(folder: Path) -> Path:
+    tiny_checkpoint(folder)
+    edit_json(folder / "config.json", sbert_ce_default_activation_function="torch.nn.modules.linear.Identity")
+    return folder
+
+
+def version_4(folder: Path) -> Path:
+    tiny_checkpoint(folder, "xlm-roberta")
+    settings = {"activation_fn": "torch.nn.modules.activation.Tanh", "version": "4.1.0"}
+    edit_json(folder / "config.json", sentence_transformers=settings)
+    return folder
+
+
+def plain(folder: Path) -> Path:
+    return tiny_checkpoint(folder, "modernbert")
+
+
+def three_labels(folder: Path) -> Path:
+    return tiny_checkpoint(folder, "electra", num_labels=3)
+
+
+def modular_classifier(folder: Path) -> Path:
+    model = reference(tiny_checkpoint(folder / "plain"), prompts={"web": "the city "}, default_prompt_name="web")
+    with quiet_transformers():
+        model.save_pretrained(str(folder / "saved"), create_model_card=False)
+    return folder / "saved"
+
+
+def head(folder: Path, pooling: str | tuple[str, ...] = "mean", labels: int = 1) -> Path:
+    """A backbone without a head of its own, and small layers after it."""
+    tiny_checkpoint(folder / "plain")
+    with quiet_transformers():
+        AutoModel.from_pretrained(folder / "plain").save_pretrained(folder / "backbone")
+        AutoTokenizer.from_pretrained(folder / "plain").save_pretrained(folder / "backbone")
+        width = 32 * (1 if isinstance(pooling, str) else len(pooling))
+        torch.manual_seed(0)
+        model = sentence_transformers.CrossEncoder(
+            modules=[
+                Transformer(str(folder / "backbone")),
+                Pooling(32, pooling_mode=pooling),
+                Dense(width, 16, activation_function=torch.nn.GELU()),
+                LayerNorm(16),
+                Dense(16, labels, activation_function=torch.nn.Identity(), module_output_name="scores"),
+            ],
+            device="cpu",
+        )
+        model.save_pretrained(str(folder / "saved"), create_model_card=False)
+    return folder / "saved"
+
+
+def several_poolings(folder: Path) -> Path:
+    return head(folder, ("cls", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"), labels=2)
+
+
+def causal(folder: Path) -> Path:
+    """A language model with a chat template, asked for the words bread and stone."""
+    tiny_checkpoint(folder, "modernbert")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    shutil.rmtree(folder)
+    tokenizer.chat_template = TEMPLATE
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.cls_token_id,
+        eos_token_id=tokenizer.sep_token_id,
+    )
+    torch.manual_seed(0)
+    with quiet_transformers():
+        Qwen3ForCausalLM(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+def causal_modular(folder: Path) -> Path:
+    causal(folder / "plain")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "plain")
+    ids = [tokenizer.convert_tokens_to_ids(word) for word in ("Ġbread", "Ġstone")]
+    with quiet_transformers():
+        model = sentence_transformers.CrossEncoder(
+            modules=[Transformer(str(folder / "plain"), transformer_task="text-generation"), LogitScore(*ids)],
+            device="cpu",
+        )
+        model.save_pretrained(str(folder / "saved"), create_model_card=False)
+    return folder / "saved"
+
+
+LAYOUTS = [
+    version_3,
+    version_4,
+    plain,
+    three_labels,
+    modular_classifier,
+    head,
+    several_poolings,
+    causal_modular,
+]
+
+
+@pytest.mark.parametrize("make", LAYOUTS, ids=lambda make: make.__name__)
+def test_either_library_loads_what_the_other_saved(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    folder = make(tmp_path / "made")
+    ours, theirs = CrossEncoder(folder, device="cpu"), reference(folder)
+    expected = theirs.predict(PAIRS)
+    assert ours.num_labels == theirs.num_labels
+    assert type(ours.activation_fn) is type(theirs.activation_fn)
+    assert ours.max_length <= theirs.max_seq_length
+    np.testing.assert_allclose(ours.predict(PAIRS), expected, rtol=0, atol=TOLERANCE)
+    ours.save_pretrained(tmp_path / "ours")
+    with quiet_transformers():
+        theirs.save_pretrained(str(tmp_path / "theirs"), create_model_card=False)
+    np.testing.assert_allclose(reference(tmp_path / "ours").predict(PAIRS), expected, rtol=0, atol=TOLERANCE)
+    for saved in ("ours", "theirs"):
+        again = CrossEncoder(tmp_path / saved, device="cpu").predict(PAIRS)
+        np.testing.assert_allclose(again, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("make", [version_3, version_4, plain], ids=lambda make: make.__name__)
+def test_a_changed_activation_is_saved_in_both_places_and_nowhere_stale(make: Callable[[Path], Path], tmp_path: Path):
+    model = CrossEncoder(make(tmp_path / "made"), device="cpu")
+    model.activation_fn = torch.nn.ReLU()
+    model.save_pretrained(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    own = json.loads((tmp_path / "saved" / "config_sentence_transformers.json").read_text())
+    assert config["sentence_transformers"]["activation_fn"] == own["activation_fn"]
+    assert own["activation_fn"] == "torch.nn.modules.activation.ReLU"
+    assert "sbert_ce_default_activation_function" not in config
+    (tmp_path / "saved" / "config_sentence_transformers.json").unlink()
+    (tmp_path / "saved" / "modules.json").unlink()
+    assert isinstance(CrossEncoder(tmp_path / "saved").activation_fn, torch.nn.ReLU)  # what version 5 reads
+
+
+def test_a_language_model_without_yes_and_no_is_refused_and_told_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="'yes' or 'no': give it a LogitScore part"):
+        CrossEncoder(causal(tmp_path / "causal"))
+
+
+def test_a_pair_that_is_cut_keeps_what_the_chat_template_ends_in(tmp_path: Path) -> None:
+    folder = causal_modular(tmp_path)
+    for max_length in (16, 40):
+        ours, theirs = (make(folder, max_length=max_length) for make in (CrossEncoder, reference))
+        np.testing.assert_allclose(ours.predict(PAIRS), theirs.predict(PAIRS), rtol=0, atol=TOLERANCE)
+    ids = ours.preprocess([PAIRS[3]])["input_ids"][0].tolist()
+    assert len(ids) == 40
+    assert ours.tokenizer.decode(ids).endswith("<answer> the bread is")
+
+
+def test_a_prompt_is_put_where_the_model_expects_it(tmp_path: Path) -> None:
+    for folder in (modular_classifier(tmp_path / "one"), causal_modular(tmp_path / "two")):
+        ours, theirs = CrossEncoder(folder, device="cpu"), reference(folder)
+        for options in ({}, {"prompt": "of the winter "}):
+            np.testing.assert_allclose(
+                ours.predict(PAIRS, **options), theirs.predict(PAIRS, **options), rtol=0, atol=TOLERANCE
+            )
+    assert abs(ours.predict(PAIRS, prompt="of the winter ") - ours.predict(PAIRS)).max() > 1e-3
+
+
+def test_a_bi_encoder_is_told_apart(tmp_path: Path) -> None:
+    folder = head(tmp_path)
+    edit_json(folder / "config_sentence_transformers.json", model_type="SentenceTransformer")
+    with pytest.raises(CheckpointError, match="is a SentenceTransformer, which embeds texts one by one"):
+        CrossEncoder(folder)
