@@ -18,6 +18,7 @@ from crossenc.ranking import rank
 from crossenc.records import Candidates, Ranking, ScoredDoc
 
 if TYPE_CHECKING:
+    from crossenc.fitting import InputExample
     from crossenc.model import CrossEncoder
 
     __version__: str
@@ -29,6 +30,7 @@ __all__ = [
     "CrossEncError",
     "CrossEncoder",
     "InputError",
+    "InputExample",
     "Ranking",
     "RunConflictError",
     "ScoreError",
@@ -45,6 +47,10 @@ def __getattr__(name: str) -> Any:
         from crossenc.model import CrossEncoder
 
         return CrossEncoder
+    if name == "InputExample":
+        from crossenc.fitting import InputExample
+
+        return InputExample
     if name == "__version__":
         from importlib.metadata import PackageNotFoundError, version
 

@@ -1,0 +1,138 @@
+"""Training in one process: what is learned, kept, refused."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+
+from crossenc import CrossEncoder, InputExample
+from crossenc.errors import CheckpointError, ConfigError, InputError, ScoreError
+from crossenc.testing import WORDS, tiny_checkpoint
+
+
+def examples(num: int = 64) -> list[InputExample]:
+    """A document is right when its word is one of the first four."""
+    rng = np.random.default_rng(0)
+    return [
+        InputExample(texts=[rng.choice(WORDS[8:]), WORDS[word]], label=float(word < 4))
+        for word in rng.integers(0, 8, num)
+    ]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tiny_checkpoint(tmp_path / "start")
+
+
+def loader(data: list[InputExample], batch_size: int = 16) -> DataLoader:
+    return DataLoader(data, shuffle=True, batch_size=batch_size, generator=torch.Generator().manual_seed(0))
+
+
+QUICK: dict[str, Any] = {"warmup_steps": 0, "optimizer_params": {"lr": 3e-3}, "show_progress_bar": False}
+
+
+class Accuracy:
+    """An evaluator that counts right guesses, and remembers when it was asked."""
+
+    primary_metric = "accuracy"
+
+    def __init__(self, data: list[InputExample]) -> None:
+        self._data = data
+        self.asked: list[tuple[int, int]] = []
+
+    def __call__(self, model: CrossEncoder, output_path: str | None = None, epoch: int = -1, steps: int = -1):
+        assert not model.training
+        self.asked.append((epoch, steps))
+        scores = model.predict([tuple(example.texts) for example in self._data])
+        return {"accuracy": float(np.mean((scores > 0.5) == [example.label for example in self._data]))}
+
+
+def test_training_teaches_and_keeps_the_best_model(folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, data = CrossEncoder(folder, device="cpu"), examples()
+    evaluator, told = Accuracy(data), []
+    before = evaluator(model)["accuracy"]
+    evaluator.asked.clear()
+    model.fit(
+        loader(data),
+        evaluator,
+        epochs=12,
+        evaluation_steps=3,
+        output_path=str(tmp_path / "best"),
+        callback=lambda value, epoch, step: told.append((value, epoch, step)),
+        **QUICK,
+    )
+    assert evaluator.asked[:3] == [(0, 3), (0, 4), (1, 6)]
+    assert [(epoch, step) for _, epoch, step in told] == evaluator.asked
+    assert not model.training
+    best = max(value for value, _, _ in told)
+    assert best > max(before, 0.9)
+    kept = CrossEncoder(tmp_path / "best", device="cpu")
+    assert Accuracy(data)(kept)["accuracy"] == best
+
+
+def test_without_an_evaluator_the_last_model_is_saved(folder: Path, tmp_path: Path) -> None:
+    model = CrossEncoder(folder, device="cpu")
+    model.fit(loader(examples(16)), output_path=str(tmp_path / "last"), **QUICK)
+    pair = ("water", "river")
+    assert CrossEncoder(tmp_path / "last", device="cpu").predict(pair) == pytest.approx(model.predict(pair), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("loss", "activation"),
+    [(torch.nn.MSELoss(), torch.nn.Sigmoid()), (torch.nn.BCEWithLogitsLoss(pos_weight=torch.tensor(2.0)), None)],
+)
+def test_any_torch_loss_of_scores_and_labels_trains(folder: Path, loss: torch.nn.Module, activation: Any) -> None:
+    model = CrossEncoder(folder, device="cpu")
+    before = model.predict([("water", "river")])
+    model.fit(loader(examples(32)), loss_fct=loss, activation_fct=activation, use_amp=True, **QUICK)
+    assert abs(model.predict([("water", "river")]) - before).max() > 1e-4
+
+
+def test_several_labels_are_classes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = CrossEncoder(tiny_checkpoint(tmp_path, num_labels=3), device="cpu")
+    data = [InputExample(texts=[word, word], label=i % 3) for i, word in enumerate(WORDS[:12])]
+    model.fit(loader(data, 6), epochs=30, **QUICK)
+    guesses = model.predict([(word, word) for word in WORDS[:12]]).argmax(axis=1)
+    assert (guesses == [example.label for example in data]).mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    "name", ["ConstantLR", "WarmupConstant", "WarmupLinear", "WarmupCosine", "WarmupCosineWithHardRestarts"]
+)
+def test_every_schedule_is_known_by_name(folder: Path, name: str) -> None:
+    CrossEncoder(folder, device="cpu").fit(loader(examples(16)), scheduler=name, **QUICK)
+
+
+def test_what_cannot_be_trained_is_refused_with_a_reason(folder: Path) -> None:
+    model = CrossEncoder(folder, device="cpu")
+    with pytest.raises(InputError, match="3 texts: this loss needs a query and a document"):
+        model.fit(loader([InputExample(texts=["a", "b", "c"], label=1.0)]), **QUICK)
+    with pytest.raises(InputError, match="nothing to train on"):
+        model.fit(DataLoader([], batch_size=2), **QUICK)
+    with pytest.raises(ConfigError, match="no scheduler 'Warmup': choose from constantlr"):
+        model.fit(loader(examples(8)), scheduler="Warmup", **QUICK)
+    with pytest.raises(ScoreError, match="the loss is nan at step 1: lower the learning rate"):
+        model.fit(loader([InputExample(texts=["a", "b"], label=float("nan"))]), **QUICK)
+
+
+def test_a_new_head_gives_no_scores_until_it_is_trained(folder: Path, tmp_path: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if not name.startswith("classifier")}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    model = CrossEncoder(folder, num_labels=1, device="cpu")
+    for refused in (
+        lambda: model.predict([("a", "b")]),
+        lambda: model.rank("a", ["b"]),
+        lambda: model.save_pretrained(tmp_path / "never"),
+    ):
+        with pytest.raises(CheckpointError, match=r"the head of .* is new and random.*train it first"):
+            refused()
+    assert not (tmp_path / "never").exists()
+    model.fit(loader(examples(16)), **QUICK)
+    assert np.isfinite(model.predict([("a", "b")])).all()
