@@ -84,15 +84,14 @@ def _show_result(console: Console, folder: Path, collection: Collection) -> None
     output = folder / "reranked"
     manifest = json.loads((output / "_manifest.json").read_text())
     table = Table(title=f"unseen test queries: {manifest['evaluation_note']}")
-    for name in ("measure", "BM25", "reranked", "difference", "95 % interval", "p (t test)", "better", "worse"):
+    for name in ("measure", "BM25", "reranked", "difference, 95 % interval", "p (t test)", "better", "worse"):
         table.add_column(name, justify="left" if name == "measure" else "right")
     for row in manifest["evaluation"]:
         table.add_row(
             row["measure"],
             f"{row['before']:.4f}",
             f"{row['after']:.4f}",
-            f"{row['after'] - row['before']:+.4f}",
-            f"{row['low']:+.4f} … {row['high']:+.4f}",
+            f"{row['after'] - row['before']:+.4f} ({row['low']:+.3f} … {row['high']:+.3f})",
             f"{row['p_t']:.4f}" if row["p_t"] >= 0.0001 else "< .0001",
             str(row["num_better"]),
             str(row["num_worse"]),

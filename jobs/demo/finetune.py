@@ -31,6 +31,7 @@ from rich.text import Text
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+from crossenc.checkpoint import quiet_transformers
 from crossenc.errors import InputError
 from jobs.demo.collection import Collection
 
@@ -110,8 +111,9 @@ def _save(model: Any, tokenizer: Any, output: Path, max_tokens: int) -> None:
     tokenizer.model_max_length = max_tokens
     tokenizer.backend_tokenizer.no_truncation()  # or the last training batch's limits would be saved
     tokenizer.backend_tokenizer.no_padding()
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
+    with quiet_transformers():
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
     os.replace(unfinished, output)
 
 
