@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import hypothesis
 import pytest
 
 from tests.support.s3 import CephServer, S3Server, ceph_is_installed, ceph_server, moto_server, set_s3_env
@@ -20,6 +21,9 @@ _RAY_DEPRECATIONS = ("use_push_based_shuffle", "use_polars", "use_arrow_tensor_v
 
 def pytest_configure(config: pytest.Config) -> None:
     """Clean the environment before test modules import libraries that read it only once."""
+    # The same examples each time: a commit passes or fails, whenever it is tested.
+    hypothesis.settings.register_profile("repeatable", derandomize=True)
+    hypothesis.settings.load_profile("repeatable")
     for setting in _RAY_DEPRECATIONS:
         line = f"ignore:`{setting}` is deprecated:DeprecationWarning:ray.data.context"
         config.addinivalue_line("filterwarnings", line)

@@ -31,7 +31,7 @@ from rich.text import Text
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from crossenc.checkpoint import quiet_transformers
+from crossenc.loading import quiet_transformers
 from crossenc.errors import InputError
 from jobs.demo.collection import Collection
 

@@ -69,4 +69,4 @@ def test_no_batch_could_have_taken_the_next_pair_of_its_window(
     batches = token_budget_batches(lengths, max_batch_tokens, window)
     for batch, following in pairwise(batches):
         if batch[0] // window == following[0] // window:
-            assert (len(batch) + 1) * lengths[batch[0]] > max_batch_tokens
+            assert (len(batch) + 1) * max(1, lengths[batch[0]]) > max_batch_tokens
