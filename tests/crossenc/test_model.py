@@ -278,3 +278,85 @@ def test_a_shorter_max_length_cuts_longer_pairs_only(folder: Path, model: CrossE
 def test_a_model_loads_from_a_uri(folder: Path, model: CrossEncoder, tmp_path: Path) -> None:
     remote = CrossEncoder(f"file://{folder}", device="cpu", cache_folder=tmp_path)
     np.testing.assert_array_equal(remote.predict(PAIRS), model.predict(PAIRS))
+
+
+# many queries, prompts, devices
+
+
+def test_ranking_many_queries_gives_what_ranking_each_gives(model: CrossEncoder) -> None:
+    queries = ["what is water", "how", "why"]
+    lists = [["the river", "stone", "music " * 9], [], (text for text in ["bread", "the city"])]
+    lists_again = [["the river", "stone", "music " * 9], [], ["bread", "the city"]]
+    many = model.rank_many(iter(queries), lists, top_k=2, return_documents=True)
+    for found, query, documents in zip(many, queries, lists_again, strict=True):
+        expected = model.rank(query, documents, top_k=2, return_documents=True)
+        assert [(r["corpus_id"], r["text"]) for r in found] == [(r["corpus_id"], r["text"]) for r in expected]
+        assert [r["score"] for r in found] == pytest.approx([r["score"] for r in expected], abs=1e-5)
+    assert [len(found) for found in many] == [2, 0, 2]
+    assert model.rank_many([], []) == []
+    with pytest.raises(InputError, match="2 queries and 1 lists of documents"):
+        model.rank_many(["a", "b"], [["c"]])
+
+
+def test_prompts_are_put_before_queries(folder: Path) -> None:
+    prompts = {"web": "the city ", "none": ""}
+    model = CrossEncoder(folder, device="cpu", prompts=prompts, default_prompt_name="web")
+    plain = CrossEncoder(folder, device="cpu")
+    prompted = [("the city " + query, document) for query, document in PAIRS]
+    np.testing.assert_allclose(model.predict(PAIRS), plain.predict(prompted), atol=1e-5)
+    np.testing.assert_allclose(model.predict(PAIRS, prompt_name="none"), plain.predict(PAIRS), atol=1e-5)
+    np.testing.assert_allclose(plain.predict(PAIRS, prompt="the city "), plain.predict(prompted), atol=1e-5)
+    with pytest.raises(ConfigError, match="no prompt 'chat': the model has none, web"):
+        model.predict(PAIRS, prompt_name="chat")
+    with pytest.raises(ConfigError, match="no prompt 'chat'"):
+        CrossEncoder(folder, default_prompt_name="chat")
+
+
+def test_a_model_moves_and_changes_dtype_like_any_module(folder: Path) -> None:
+    model = CrossEncoder(folder, device="cpu")
+    expected = model.predict(PAIRS)
+    model.to(torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    assert model.predict(PAIRS).dtype == np.float32
+    np.testing.assert_allclose(model.predict(PAIRS), expected, atol=0.05)
+    assert not any(module is model.activation_fn for module in model.modules())
+
+
+def test_logits_carry_gradients_and_are_before_the_activation(model: CrossEncoder) -> None:
+    logits = model.logits(PAIRS)
+    assert logits.shape == (4, 1) and logits.requires_grad
+    np.testing.assert_allclose(torch.sigmoid(logits)[:, 0].detach(), model.predict(PAIRS), atol=1e-5)
+    features = model.preprocess(PAIRS)
+    assert torch.equal(model(features)["scores"], model.logits(PAIRS))
+
+
+def test_the_limit_of_a_loaded_model_can_be_changed(folder: Path) -> None:
+    model = CrossEncoder(folder, device="cpu")
+    model.max_length = 20
+    assert (model.max_length, model.max_seq_length) == (20, 20)
+    assert model.preprocess([PAIRS[1]])["input_ids"].shape == (1, 20)
+    with pytest.raises(ConfigError, match="max_length is 500"):
+        model.max_length = 500
+
+
+def test_a_compiled_model_scores_the_same(folder: Path) -> None:
+    model = CrossEncoder(folder, device="cpu")
+    expected = model.predict(PAIRS)
+    model.compile(backend="eager")
+    np.testing.assert_allclose(model.predict(PAIRS), expected, atol=1e-5)
+
+
+def test_what_would_run_foreign_code_or_is_not_there_is_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="trust_remote_code is not supported"):
+        CrossEncoder(folder, trust_remote_code=True)
+    with pytest.raises(ConfigError, match="backend is 'openvino'"):
+        CrossEncoder(folder, backend="openvino")
+    with pytest.raises(TypeError, match="did you mean 'max_length'"):
+        CrossEncoder(folder, max_lenght=12)
+
+
+def test_an_evaluator_is_called_with_the_model_and_a_folder(model: CrossEncoder, tmp_path: Path) -> None:
+    called = []
+    model.evaluate(lambda *args: called.append(args), str(tmp_path / "new"))
+    assert called == [(model, str(tmp_path / "new"))]
+    assert (tmp_path / "new").is_dir()

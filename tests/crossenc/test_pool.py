@@ -1,0 +1,50 @@
+"""Scoring on several devices of one machine."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from crossenc import CrossEncoder
+from crossenc.errors import ConfigError, InputError
+from crossenc.pool import Pool
+from crossenc.testing import WORDS, tiny_checkpoint
+
+PAIRS = [(WORDS[i % 10], " ".join(WORDS[(i + k) % 20] for k in range(i % 13))) for i in range(50)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> CrossEncoder:
+    return CrossEncoder(tiny_checkpoint(tmp_path_factory.mktemp("model")), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def pool(model: CrossEncoder) -> Iterator[Pool]:
+    pool = model.start_multi_process_pool(["cpu", "cpu"])
+    yield pool
+    model.stop_multi_process_pool(pool)
+
+
+def test_a_pool_gives_what_the_model_gives_in_the_same_order(model: CrossEncoder, pool: Pool) -> None:
+    for options in ({}, {"chunk_size": 7}, {"activation_fn": torch.nn.Identity()}, {"prompt": "the city "}):
+        expected = model.predict(PAIRS, **{k: v for k, v in options.items() if k != "chunk_size"})
+        np.testing.assert_allclose(model.predict(PAIRS, pool=pool, **options), expected, atol=1e-5)
+    assert model.predict([], pool=pool).shape == (0,)
+    assert model.predict(PAIRS[3], pool=pool) == pytest.approx(model.predict(PAIRS[3]), abs=1e-5)
+    documents = [document for _, document in PAIRS[:9]]
+    ranked, expected = model.rank("water", documents, pool=pool), model.rank("water", documents)
+    assert [result["corpus_id"] for result in ranked] == [result["corpus_id"] for result in expected]
+
+
+def test_an_error_of_a_process_reaches_the_caller_and_the_pool_works_on(model: CrossEncoder, pool: Pool) -> None:
+    with pytest.raises(InputError, match="document 2 is a int"):
+        model.predict([*PAIRS[:2], ("a", 1)], pool=pool, chunk_size=3)
+    assert len(model.predict(PAIRS, pool=pool)) == 50
+
+
+def test_a_list_of_devices_makes_a_pool_for_one_call(model: CrossEncoder) -> None:
+    np.testing.assert_allclose(model.predict(PAIRS, device=["cpu"]), model.predict(PAIRS), atol=1e-5)
+    with pytest.raises(ConfigError, match="at least one device"):
+        model.predict(PAIRS, device=[])
