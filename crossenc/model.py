@@ -24,17 +24,17 @@ from crossenc.deprecation import accepts_old_arguments
 from crossenc.engine import Activation, Engine, default_batch_tokens, default_device
 from crossenc.errors import CheckpointError, ConfigError, InputError
 from crossenc.fitting import FitSettings, fit, text_loss
-from crossenc.loading import Layout, load_parts, num_labels_of, read_layout, resolve_activation
+from crossenc.loading import num_labels_of, resolve_activation
 from crossenc.modules import Features, Transformer
+from crossenc.pairs import Pair, split_pairs
 from crossenc.pool import Pool, default_devices
 from crossenc.ranking import order
 from crossenc.saving import push_folder, save_checkpoint
-from crossenc.tokenizer import PairTokenizer, load_fast_tokenizer, wrap_tokenizer
+from crossenc.source import ModelSource, resolve_dtype, source_of_folder, source_of_modules
+from crossenc.tokenizer import PairTokenizer, wrap_tokenizer
 
-Pair = tuple[str, str] | list[str]
 Scores = NDArray[np.float32] | np.float32 | Tensor | list[Tensor]
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _OLD_INIT_NAMES: Mapping[str, str | None] = {
     "model_name": "model_name_or_path",
     "automodel_args": "model_kwargs",
@@ -54,7 +54,7 @@ class CrossEncoder(nn.Sequential, AdapterMixin):
 
     prompts: dict[str, str]
     model_card_data: Any
-    _source: "_Source"
+    _source: ModelSource
     _tokenizer: PairTokenizer | ChatTokenizer
     _activation: Activation
     _default_prompt_name: str | None
@@ -110,7 +110,7 @@ class CrossEncoder(nn.Sequential, AdapterMixin):
         if classifier_dropout is not None:
             config_settings["classifier_dropout"] = classifier_dropout
         if modules is not None:
-            source = _from_modules(modules)
+            source = source_of_modules(modules)
         else:
             folder = fetch(
                 model_name_or_path,  # type: ignore[arg-type]  # one of the two is given
@@ -120,10 +120,10 @@ class CrossEncoder(nn.Sequential, AdapterMixin):
                 token=token,
                 local_files_only=local_files_only,
             )
-            source = _from_folder(
+            source = source_of_folder(
                 folder,
                 num_labels=stated_labels if num_labels is None else num_labels,
-                dtype=_resolve_dtype(stated_dtype if dtype is None else dtype),
+                dtype=resolve_dtype(stated_dtype if dtype is None else dtype),
                 config_settings=config_settings,
                 model_settings=model_settings,
                 processor_settings=processor_settings,
@@ -265,7 +265,7 @@ class CrossEncoder(nn.Sequential, AdapterMixin):
 
     def preprocess(self, inputs: Sequence[Pair], prompt: str | None = None) -> Features:
         """Pairs as model inputs: a dict of int64 tensors [P, W] on the model's device."""
-        queries, documents, _ = _split_pairs(inputs)
+        queries, documents, _ = split_pairs(inputs)
         pairs = self._tokenizer.encode(queries, documents, self._prompt(prompt, None))
         return self._engine().batch_inputs(pairs, np.arange(len(pairs)))
 
@@ -299,7 +299,7 @@ class CrossEncoder(nn.Sequential, AdapterMixin):
         """
         if isinstance(prompt_name, int):  # the place of batch_size up to version 5.3 of sentence-transformers
             batch_size, prompt_name = _old_batch_size(prompt_name), None
-        queries, documents, is_single = _split_pairs(inputs)
+        queries, documents, is_single = split_pairs(inputs)
         settings = _ScoreSettings(self._prompt(prompt, prompt_name), activation_fn, batch_size, bool(show_progress_bar))
         scores = torch.from_numpy(self._score_on(queries, documents, settings, device, pool, chunk_size))
         if apply_softmax and scores.ndim > 1:
@@ -563,48 +563,6 @@ class _PoolTask:
         return model._score(list(queries), list(documents), self.settings)
 
 
-@dataclass(slots=True)
-class _Source:
-    """What a model was put together from. `name` is for messages."""
-
-    name: str
-    parts: list[nn.Module]
-    layout: Layout
-    tokenizer: PreTrainedTokenizerFast
-    head_is_new: bool
-
-
-def _from_folder(
-    folder: Path,
-    *,
-    num_labels: int | None,
-    dtype: torch.dtype,
-    config_settings: Mapping[str, Any],
-    model_settings: Mapping[str, Any],
-    processor_settings: Mapping[str, Any],
-) -> _Source:
-    layout = read_layout(folder)
-    loaded = load_parts(
-        folder,
-        layout,
-        num_labels=num_labels,
-        dtype=dtype,
-        config_settings=config_settings,
-        model_settings=model_settings,
-        new_head_allowed=True,
-    )
-    tokenizer = load_fast_tokenizer(folder, processor_settings)
-    return _Source(str(folder), loaded.parts, layout, tokenizer, loaded.head_is_new)
-
-
-def _from_modules(modules: Iterable[nn.Module] | Mapping[str, nn.Module]) -> _Source:
-    parts = list(modules.values()) if isinstance(modules, Mapping) else list(modules)
-    if not parts or not isinstance(parts[0], Transformer) or parts[0].tokenizer is None:
-        raise ConfigError("the first of the modules must be a Transformer that has its tokenizer")
-    layout = Layout(parts[0].task, tuple((type(part).__name__, "") for part in parts[1:]))
-    return _Source("a model made of modules", parts, layout, parts[0].tokenizer, head_is_new=False)
-
-
 def _ranked(
     scores: NDArray[np.float32], texts: Sequence[str], top_k: int | None, return_documents: bool
 ) -> list[dict[str, Any]]:
@@ -641,16 +599,6 @@ def _old_batch_size(value: int) -> int:
     return value
 
 
-def _resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
-    if dtype is None:
-        return torch.float32
-    if isinstance(dtype, torch.dtype) and dtype in _DTYPES.values():
-        return dtype
-    if dtype in _DTYPES:
-        return _DTYPES[str(dtype)]
-    raise ConfigError(f"dtype is {dtype!r}: choose from {', '.join(_DTYPES)}")
-
-
 def _check_activation(activation_fn: Activation | None) -> None:
     if activation_fn is not None and (isinstance(activation_fn, type) or not callable(activation_fn)):
         raise ConfigError(f"activation_fn is {activation_fn!r}: pass an instance such as torch.nn.Sigmoid()")
@@ -661,16 +609,3 @@ def _check_supported(trust_remote_code: bool, backend: str) -> None:
         raise ConfigError("trust_remote_code is not supported: code that comes with a checkpoint is never run")
     if backend != "torch":
         raise ConfigError(f"backend is {backend!r}: only torch is supported")
-
-
-def _split_pairs(inputs: Pair | Iterable[Pair] | NDArray[Any]) -> tuple[list[str], list[str], bool]:
-    """Queries, documents, and whether `inputs` is one bare pair."""
-    if isinstance(inputs, str | Mapping):
-        raise InputError("predict needs a (query, document) pair or several of them, not a single text or mapping")
-    items = list(inputs)
-    is_single = len(items) == 2 and all(isinstance(item, str) for item in items)
-    pairs = [items] if is_single else items
-    for position, pair in enumerate(pairs):
-        if not isinstance(pair, tuple | list | np.ndarray) or len(pair) != 2:
-            raise InputError(f"input {position} is not a (query, document) pair: give two texts")
-    return [pair[0] for pair in pairs], [pair[1] for pair in pairs], is_single

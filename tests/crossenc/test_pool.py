@@ -1,7 +1,6 @@
 """Scoring on several devices of one machine."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
