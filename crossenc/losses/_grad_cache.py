@@ -37,7 +37,7 @@ def cached_loss(
     scores: list[Tensor] = []
     for part in parts:
         surroundings = _Surroundings.now(device)
-        with torch.no_grad(), surroundings.precision():
+        with torch.no_grad():
             scores.append(score_part(part))
         scored.append((part, surroundings))
     leaf = torch.cat(scores).requires_grad_()
@@ -79,10 +79,8 @@ class _Surroundings:
         )
 
     def precision(self) -> torch.autocast:
-        """The autocast of that time. Its cache of cast weights is off: those cast without a graph would be found
-        again in the pass that needs one, and their gradients would be lost."""
-        kind, dtype = self.device.type, self.autocast_dtype
-        return torch.autocast(kind, dtype=dtype, enabled=self.autocast, cache_enabled=False)
+        """The autocast of that time."""
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast)
 
     @contextmanager
     def randomness(self) -> Iterator[None]:

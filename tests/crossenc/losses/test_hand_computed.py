@@ -92,7 +92,9 @@ def test_multiple_negatives_ranking_takes_a_sharpened_sigmoid():
     probabilities = [math.exp(10 / (1 + math.exp(-score))) for score in (2.0, 0.0, -1.0)]
     expected = -math.log(probabilities[0] / sum(probabilities))
     close(losses.multiple_negatives_ranking(row(2, 0, -1), row(1, 0, 0)), expected)
-    identity = losses.multiple_negatives_ranking(row(2, 0, -1), row(1, 0, 0), scale=1, activation_fn=torch.nn.Identity())
+    identity = losses.multiple_negatives_ranking(
+        row(2, 0, -1), row(1, 0, 0), scale=1, activation_fn=torch.nn.Identity()
+    )
     close(identity, losses.localized_contrastive(row(2, 0, -1), row(1, 0, 0)).item())
 
 

@@ -1,4 +1,6 @@
 import re
+import subprocess
+import sys
 
 import torch
 
@@ -67,3 +69,8 @@ def test_every_loss_class_says_what_it_is():
         thing = getattr(losses, name)
         if isinstance(thing, type):
             assert issubclass(thing, torch.nn.Module) and thing.__doc__ and thing.__doc__ != torch.nn.Module.__doc__
+
+
+def test_losses_need_torch_alone():
+    code = "import sys, crossenc.losses; assert not {'transformers', 'ray', 'pyarrow'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
