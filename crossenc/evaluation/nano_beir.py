@@ -136,13 +136,9 @@ class CrossEncoderNanoBEIREvaluator(BaseEvaluator):
 
 
 def _all_names(dataset_id: str | Path) -> list[str]:
-    """The subfolders of a local folder that hold queries, or the collections of NanoBEIR."""
-    if not Path(dataset_id).is_dir():
-        return [name for name in _NANO_BEIR if name not in _ARGUMENTS]
-    found = sorted(path.name for path in Path(dataset_id).iterdir() if list(path.glob("queries*")))
-    if not found:
-        raise InputError(f"{dataset_id} has no subfolder with queries: give the folder that holds the collections")
-    return found
+    """The subfolders of a local folder that hold queries; where there are none, the collections of NanoBEIR."""
+    found = sorted({path.parent.name for path in Path(dataset_id).glob("*/queries*")})
+    return found or [name for name in _NANO_BEIR if name not in _ARGUMENTS]
 
 
 def _folder(dataset_name: str, dataset_id: str) -> Path | None:

@@ -4,7 +4,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from sentence_transformers.base.evaluation import SequentialEvaluator as ReferenceSequential
 from sentence_transformers.cross_encoder import evaluation as reference
@@ -37,10 +40,14 @@ def assert_same(evaluators: tuple[Any, Any], model: Any, tmp_path: Path) -> None
     assert evaluators[1].get_config_dict() == evaluators[0].get_config_dict()
     assert evaluators[1].csv_headers == evaluators[0].csv_headers
     assert evaluators[1].description == evaluators[0].description
-    (_, their_card, *their_moment), (_, our_card, *our_moment) = model.model_card_data.told[-2:]
-    assert our_moment == their_moment == [3, 40] and list(our_card) == list(their_card)
-    for name, told in their_card.items():
-        assert our_card[name] == (told if isinstance(told, str) else pytest.approx(told, abs=TOLERANCE, nan_ok=True))
+    told = model.model_card_data.told
+    for (_, their_card, *their_moment), (_, our_card, *our_moment) in zip(
+        told[: len(told) // 2], told[len(told) // 2 :], strict=True
+    ):
+        assert our_moment == their_moment == [3, 40] and list(our_card) == list(their_card)
+        for name, value in their_card.items():
+            expected = value if isinstance(value, str) else pytest.approx(value, abs=TOLERANCE, nan_ok=True)
+            assert our_card[name] == expected
     files = sorted((tmp_path / "theirs").iterdir())
     assert [path.name for path in files] == [path.name for path in sorted((tmp_path / "ours").iterdir())]
     for path in files:
@@ -141,3 +148,46 @@ def test_evaluators_in_a_row_equal_theirs():
     model = GivenScores(number, np.float64)
     assert ours(model) == pytest.approx(theirs(model), abs=TOLERANCE)
     assert ours.primary_metric == theirs.primary_metric
+
+
+@pytest.fixture
+def hub_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A local dataset of NanoBEIR's layout, which `datasets` loads as it loads one of the hub."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "hub"
+    configs = []
+    for subset in ("queries", "corpus", "qrels", "bm25"):
+        for split in ("NanoMSMARCO", "NanoNQ"):
+            tables = {
+                "queries": {"_id": [f"q{n}" for n in range(8)], "text": ["q" * (n + 1) for n in range(8)]},
+                "corpus": {"_id": [f"d{n}" for n in range(60)], "text": [str(n) for n in range(60)]},
+                "qrels": {"query-id": [f"q{n % 8}" for n in range(16)], "corpus-id": [f"d{n * 3}" for n in range(16)]},
+                "bm25": {
+                    "query-id": [f"q{n}" for n in range(8)],
+                    "corpus-ids": [[f"d{place}" for place in rng.permutation(60)] for _ in range(8)],
+                },
+            }
+            path = folder / subset / f"{split}.parquet"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(pa.table(tables[subset]), path)
+        files = "".join(
+            f"\n  - split: {split}\n    path: {subset}/{split}.parquet" for split in ("NanoMSMARCO", "NanoNQ")
+        )
+        configs.append(f"- config_name: {subset}\n  data_files:{files}")
+    (folder / "README.md").write_text("---\nconfigs:\n" + "\n".join(configs) + "\n---\n")
+    return folder
+
+
+@pytest.mark.parametrize("always", [True, False])
+def test_nano_beir_equals_theirs(hub_dataset: Path, always: bool, tmp_path: Path):
+    # With all documents among the candidates no positive is missing, where values would differ.
+    evaluators = both(
+        "CrossEncoderNanoBEIREvaluator",
+        ["msmarco", "NQ"],
+        dataset_id=str(hub_dataset),
+        rerank_k=60,
+        at_k=5,
+        always_rerank_positives=always,
+    )
+    assert_same(evaluators, GivenScores(number), tmp_path / "out")
