@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import optimization
 
 from crossenc.errors import ConfigError, InputError, ScoreError
+from crossenc.losses import TextLoss
 
 if TYPE_CHECKING:
     from crossenc.model import CrossEncoder
@@ -145,8 +146,8 @@ def text_loss(
     `loss_fct` is one of crossenc.losses, which take texts; or a torch loss of scores and labels, by default binary
     cross-entropy for one label and cross-entropy for more.
     """
-    if getattr(loss_fct, "takes_texts", False):
-        return lambda batch: loss_fct(_columns(batch), _labels(batch, model.device))  # type: ignore[misc]
+    if isinstance(loss_fct, TextLoss):
+        return lambda batch: loss_fct(_columns(batch), _labels(batch, model.device))
     chosen: nn.Module = loss_fct or (nn.BCEWithLogitsLoss() if model.num_labels == 1 else nn.CrossEntropyLoss())
     chosen.to(model.device)
 

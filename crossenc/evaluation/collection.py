@@ -52,7 +52,7 @@ def read_hub(dataset_id: str, split: str, rerank_k: int) -> list[dict[str, Any]]
     Raises InputError when the library is not installed or cannot load one of them.
     """
     try:
-        from datasets import load_dataset  # type: ignore[import-untyped]
+        from datasets import load_dataset
     except ImportError as error:
         raise InputError(
             f"{dataset_id} is no local folder, and datasets of the hub need `pip install datasets`; or give a folder"

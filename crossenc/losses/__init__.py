@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from crossenc.losses._texts import TextLoss
 from crossenc.losses.contrastive import localized_contrastive, multiple_negatives_ranking
 from crossenc.losses.distillation import kl_distillation, margin_mse
 from crossenc.losses.list_losses import (
@@ -88,6 +89,7 @@ __all__ = [
     "PListMLELambdaWeight",
     "PListMLELoss",
     "RankNetLoss",
+    "TextLoss",
     "adr_mse",
     "approximate_ranks",
     "binary_cross_entropy",
