@@ -27,14 +27,14 @@ PROGRAMS = {
     "scores of pairs": """
         from sentence_transformers import CrossEncoder
         model = CrossEncoder("model", max_length=64)
-        scores = model.predict([("How many people live in the city?", "The city has a river."), ("what is water", "bread")])
+        scores = model.predict([("How many live in the city?", "The city has a river."), ("what is water", "bread")])
         print(scores.shape, scores.dtype, *scores)
         print(model.predict(("what is water", "the river")))
     """,
     "a ranking with its documents": """
         from sentence_transformers.cross_encoder import CrossEncoder
         model = CrossEncoder("model")
-        ranks = model.rank("what is water", ["the river", "bread", "music of the winter"], return_documents=True, top_k=2)
+        ranks = model.rank("what is water", ["the river", "bread", "music"], return_documents=True, top_k=2)
         for rank in ranks:
             print(rank["corpus_id"], rank["score"], rank["text"])
     """,
@@ -71,7 +71,7 @@ PROGRAMS = {
         from sentence_transformers.cross_encoder.evaluation import CrossEncoderRerankingEvaluator
         model = CrossEncoder("model")
         samples = [
-            {"query": "what is water", "positive": ["the river"], "documents": ["bread", "the river", "music", "stone"]},
+            {"query": "what is water", "positive": ["the river"], "documents": ["bread", "the river", "stone"]},
             {"query": "how is the winter", "positive": ["paper"], "documents": ["paper", "train", "doctor"]},
         ]
         evaluator = CrossEncoderRerankingEvaluator(samples, at_k=3, name="dev", write_csv=False)
