@@ -6,21 +6,27 @@ model by an evaluator is kept. Knows no cluster; jobs for many workers are anoth
 
 import contextlib
 import math
+import statistics
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from transformers import optimization
 
+from crossenc.activations import activation_name
+from crossenc.card import describe_dataset
 from crossenc.errors import ConfigError, InputError, ScoreError
 from crossenc.losses import TextLoss
 
 if TYPE_CHECKING:
     from crossenc.model import CrossEncoder
 
+#: Steps between two figures of the training loss in the model card's log.
+LOG_STEPS = 500
 #: Weights with these names are not decayed.
 _NOT_DECAYED = ("bias", "LayerNorm", "layer_norm", "norm.weight")
 _SCHEDULERS = ("constantlr", "warmupconstant", "warmuplinear", "warmupcosine", "warmupcosinewithhardrestarts")
@@ -56,6 +62,59 @@ class FitSettings:
     show_progress_bar: bool = True
 
 
+class FitMixin:
+    """Gives CrossEncoder its `fit`."""
+
+    def fit(  # noqa: PLR0913
+        self,
+        train_dataloader: Any,
+        evaluator: Callable[..., Any] | None = None,
+        epochs: int = 1,
+        loss_fct: nn.Module | None = None,
+        activation_fct: nn.Module | None = None,
+        scheduler: str = "WarmupLinear",
+        warmup_steps: int = 10_000,
+        optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
+        optimizer_params: Mapping[str, Any] | None = None,
+        weight_decay: float = 0.01,
+        evaluation_steps: int = 0,
+        output_path: str | None = None,
+        save_best_model: bool = True,
+        max_grad_norm: float = 1.0,
+        use_amp: bool = False,
+        callback: Callable[[float, int, int], None] | None = None,
+        show_progress_bar: bool = True,
+    ) -> None:
+        """Train on a DataLoader of InputExample, in this process.
+
+        `loss_fct` is one of crossenc.losses or a torch loss of scores and labels; by default binary cross-entropy
+        for one label, cross-entropy for more. `activation_fct` comes before a torch loss (none by default).
+        `scheduler` is ConstantLR, WarmupConstant, WarmupLinear, WarmupCosine or WarmupCosineWithHardRestarts.
+        `use_amp` computes in float16 on CUDA and bfloat16 elsewhere. The rest is explained at
+        FitSettings and the function `fit`, with the errors.
+        """
+        settings = FitSettings(
+            epochs=epochs,
+            scheduler=scheduler,
+            warmup_steps=warmup_steps,
+            optimizer_class=optimizer_class,
+            optimizer_params={"lr": 2e-5} if optimizer_params is None else optimizer_params,
+            weight_decay=weight_decay,
+            evaluation_steps=evaluation_steps or 0,
+            output_path=output_path,
+            save_best_model=save_best_model,
+            max_grad_norm=max_grad_norm,
+            use_amp=use_amp,
+            show_progress_bar=show_progress_bar,
+        )
+        train_dataloader.collate_fn = list  # examples as they are
+        model = cast("CrossEncoder", self)
+        activation_fct = activation_fct or nn.Identity()
+        loss = text_loss(model, loss_fct, activation_fct)
+        record_start(model, train_dataloader, settings, loss_fct, activation_fct)
+        fit(model, train_dataloader, loss, settings, evaluator, callback)
+
+
 def fit(
     model: "CrossEncoder",
     batches: Iterable[Sequence[InputExample]],
@@ -78,7 +137,8 @@ def fit(
     keeper = _BestKeeper(model, settings, evaluator, callback)
     scaler = torch.amp.GradScaler(enabled=settings.use_amp and model.device.type == "cuda")
     parameters = [p for p in model.parameters() if p.requires_grad]
-    step = 0
+    step, losses, started = 0, list[float](), time.monotonic()
+    card = model.model_card_data
     with _progress(num_batches * settings.epochs, settings.show_progress_bar) as advance:
         for epoch in range(settings.epochs):
             for batch in batches:
@@ -98,12 +158,17 @@ def fit(
                 scaler.update()
                 schedule.step()
                 step += 1
-                advance(value.item())
+                losses.append(value.item())
+                advance(losses[-1])
+                if step % LOG_STEPS == 0 or step % num_batches == 0:
+                    card.add_log(step / num_batches, step, {"Training Loss": statistics.fmean(losses)})
+                    losses.clear()
                 if settings.evaluation_steps > 0 and step % settings.evaluation_steps == 0:
                     keeper.evaluate(epoch, step)
             model.eval()
             model.mark_trained()
             keeper.evaluate(epoch, step)
+    card.training_seconds = time.monotonic() - started
     if evaluator is None and settings.output_path is not None:
         model.save_pretrained(settings.output_path)
 
@@ -134,6 +199,7 @@ class _BestKeeper:
             self._callback(value, epoch, step)
         if value > self._best:
             self._best = value
+            model.model_card_data.best_step = step if self._settings.save_best_model else None
             if self._settings.save_best_model and output_path is not None:
                 model.save_pretrained(output_path)
 
@@ -164,6 +230,46 @@ def text_loss(
         return value
 
     return compute
+
+
+def record_start(
+    model: "CrossEncoder",
+    dataloader: Any,
+    settings: FitSettings,
+    loss_fct: nn.Module | None,
+    activation_fct: nn.Module,
+) -> None:
+    """Note for the model card what training starts with: data, loss and settings."""
+    card = model.model_card_data
+    examples = dataloader.dataset
+    rows = (
+        {**{f"sentence_{i}": text for i, text in enumerate(example.texts)}, "label": example.label}
+        for example in (examples[i] for i in range(len(examples)))
+    )
+    card.training = [describe_dataset(rows, len(examples), model.count_tokens)]
+    card.losses.clear()
+    if isinstance(loss_fct, TextLoss):
+        card.add_loss(type(loss_fct).__name__, loss_fct.get_config_dict(), getattr(loss_fct, "citation", ""))
+    else:
+        pos_weight = getattr(loss_fct, "pos_weight", None)
+        config = {
+            "activation_fn": activation_name(activation_fct),
+            "pos_weight": None if pos_weight is None else pos_weight.item(),
+        }
+        default = "BinaryCrossEntropyLoss" if model.num_labels == 1 else "CrossEntropyLoss"
+        name = default if loss_fct is None else type(loss_fct).__name__
+        card.add_loss(name.replace("BCEWithLogitsLoss", "BinaryCrossEntropyLoss"), config)
+    known = {"batch_size": dataloader.batch_size, "seed": torch.initial_seed()}
+    card.set_hyperparameters({**known, **_shown(settings)}, _shown(FitSettings()))
+
+
+def _shown(settings: FitSettings) -> dict[str, Any]:
+    """The settings that a card shows, which say nothing of the machine."""
+    shown = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    for name in ("output_path", "show_progress_bar"):
+        del shown[name]
+    shown["optimizer_class"] = settings.optimizer_class.__name__
+    return shown
 
 
 def _columns(batch: Sequence[InputExample]) -> list[list[Any]]:

@@ -18,18 +18,19 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from crossenc.adapters import AdapterMixin
+from crossenc.card import CrossEncoderModelCardData
 from crossenc.chat import ChatTokenizer
 from crossenc.checkpoint import fetch
 from crossenc.deprecation import accepts_old_arguments
 from crossenc.engine import Activation, Engine, default_batch_tokens, default_device
 from crossenc.errors import CheckpointError, ConfigError, InputError
-from crossenc.fitting import FitSettings, fit, text_loss
+from crossenc.fitting import FitMixin
 from crossenc.loading import num_labels_of, resolve_activation
 from crossenc.modules import Features, Transformer
 from crossenc.pairs import Pair, split_pairs
 from crossenc.pool import Pool, default_devices
 from crossenc.ranking import order
-from crossenc.saving import push_folder, save_checkpoint
+from crossenc.saving import SaveMixin
 from crossenc.source import ModelSource, resolve_dtype, source_of_folder, source_of_modules
 from crossenc.tokenizer import PairTokenizer, wrap_tokenizer
 
@@ -49,11 +50,11 @@ _OLD_PREDICT_NAMES = {**_OLD_SCORE_NAMES, "sentences": "inputs"}
 _OLD_RANK_NAMES = {**_OLD_SCORE_NAMES, "apply_softmax": None, "convert_to_numpy": None, "convert_to_tensor": None}
 
 
-class CrossEncoder(nn.Sequential, AdapterMixin):
+class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, SaveMixin):
     """A cross-encoder from a folder, a URI or the hub, in eval mode; its items are the parts of crossenc.modules."""
 
     prompts: dict[str, str]
-    model_card_data: Any
+    model_card_data: CrossEncoderModelCardData
     _source: ModelSource
     _tokenizer: PairTokenizer | ChatTokenizer
     _activation: Activation
@@ -77,7 +78,7 @@ class CrossEncoder(nn.Sequential, AdapterMixin):
         model_kwargs: Mapping[str, Any] | None = None,
         processor_kwargs: Mapping[str, Any] | None = None,
         config_kwargs: Mapping[str, Any] | None = None,
-        model_card_data: Any = None,
+        model_card_data: CrossEncoderModelCardData | None = None,
         backend: str = "torch",
         num_labels: int | None = None,
         max_length: int | None = None,
@@ -122,6 +123,7 @@ class CrossEncoder(nn.Sequential, AdapterMixin):
             )
             source = source_of_folder(
                 folder,
+                str(model_name_or_path),
                 num_labels=stated_labels if num_labels is None else num_labels,
                 dtype=resolve_dtype(stated_dtype if dtype is None else dtype),
                 config_settings=config_settings,
@@ -131,7 +133,10 @@ class CrossEncoder(nn.Sequential, AdapterMixin):
         super().__init__(OrderedDict((str(i), part) for i, part in enumerate(source.parts)))
         self._source = source
         self._max_batch_tokens = max_batch_tokens
-        self.model_card_data = model_card_data
+        self.model_card_data = model_card_data or CrossEncoderModelCardData()
+        if self.model_card_data.base_model is None:
+            self.model_card_data.base_model = source.name
+            self.model_card_data.base_revision = revision
         self.prompts = {**source.layout.prompts, **(prompts or {})}
         self.activation_fn = activation_fn or resolve_activation(source.layout, num_labels_of(source.parts))
         self.default_prompt_name = default_prompt_name or source.layout.default_prompt_name
@@ -208,6 +213,11 @@ class CrossEncoder(nn.Sequential, AdapterMixin):
         return self._source.head_is_new
 
     @property
+    def readme(self) -> str | None:
+        """The model card that the checkpoint came with, where it was a local folder with one."""
+        return self._source.readme
+
+    @property
     def template_settings(self) -> Mapping[str, Any]:
         """What a language model's chat template is called with."""
         return self._source.layout.template_settings
@@ -268,6 +278,13 @@ class CrossEncoder(nn.Sequential, AdapterMixin):
         queries, documents, _ = split_pairs(inputs)
         pairs = self._tokenizer.encode(queries, documents, self._prompt(prompt, None))
         return self._engine().batch_inputs(pairs, np.arange(len(pairs)))
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text by itself, uncut and without special ones."""
+        self.tokenizer.backend_tokenizer.no_truncation()
+        self.tokenizer.backend_tokenizer.no_padding()
+        encodings = self.tokenizer.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [len(encoding.ids) for encoding in encodings]
 
     # --- scores
 
@@ -442,58 +459,6 @@ class CrossEncoder(nn.Sequential, AdapterMixin):
         name = prompt_name or self.default_prompt_name
         return "" if name is None else _named_prompt(self.prompts, name)
 
-    def fit(  # noqa: PLR0913
-        self,
-        train_dataloader: Any,
-        evaluator: Callable[..., Any] | None = None,
-        epochs: int = 1,
-        loss_fct: nn.Module | None = None,
-        activation_fct: nn.Module | None = None,
-        scheduler: str = "WarmupLinear",
-        warmup_steps: int = 10_000,
-        optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
-        optimizer_params: Mapping[str, Any] | None = None,
-        weight_decay: float = 0.01,
-        evaluation_steps: int = 0,
-        output_path: str | None = None,
-        save_best_model: bool = True,
-        max_grad_norm: float = 1.0,
-        use_amp: bool = False,
-        callback: Callable[[float, int, int], None] | None = None,
-        show_progress_bar: bool = True,
-    ) -> None:
-        """Train on a DataLoader of InputExample, in this process.
-
-        `loss_fct` is one of crossenc.losses or a torch loss of scores and labels; by default binary cross-entropy
-        for one label, cross-entropy for more. `activation_fct` comes before a torch loss (none by default).
-        `scheduler` is ConstantLR, WarmupConstant, WarmupLinear, WarmupCosine or WarmupCosineWithHardRestarts.
-        `use_amp` computes in float16 on CUDA and bfloat16 elsewhere. The rest is explained at
-        crossenc.fitting.FitSettings and crossenc.fitting.fit, with the errors.
-        """
-        settings = FitSettings(
-            epochs=epochs,
-            scheduler=scheduler,
-            warmup_steps=warmup_steps,
-            optimizer_class=optimizer_class,
-            optimizer_params={"lr": 2e-5} if optimizer_params is None else optimizer_params,
-            weight_decay=weight_decay,
-            evaluation_steps=evaluation_steps or 0,
-            output_path=output_path,
-            save_best_model=save_best_model,
-            max_grad_norm=max_grad_norm,
-            use_amp=use_amp,
-            show_progress_bar=show_progress_bar,
-        )
-        train_dataloader.collate_fn = list  # examples as they are
-        fit(
-            self,
-            train_dataloader,
-            text_loss(self, loss_fct, activation_fct or nn.Identity()),
-            settings,
-            evaluator,
-            callback,
-        )
-
     def mark_trained(self) -> None:
         """Say that the head is not random any more: called by whoever trained it."""
         self._source.head_is_new = False
@@ -503,43 +468,6 @@ class CrossEncoder(nn.Sequential, AdapterMixin):
         if output_path is not None:
             Path(output_path).mkdir(parents=True, exist_ok=True)
         return evaluator(self, output_path)
-
-    # --- keeping it
-
-    def save_pretrained(self, path: str | Path) -> None:
-        """Write a checkpoint folder that this library, sentence-transformers 4 to 6 and transformers load.
-
-        Raises CheckpointError while the head is new and random.
-        """
-        self.engine  # noqa: B018 - raises while the head is new
-        save_checkpoint(self, Path(path))
-
-    def save(self, path: str | Path) -> None:
-        """The same as `save_pretrained`."""
-        self.save_pretrained(path)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        token: str | None = None,
-        private: bool | None = None,
-        commit_message: str | None = None,
-        exist_ok: bool = False,
-        revision: str | None = None,
-        create_pr: bool = False,
-    ) -> str:
-        """Upload the checkpoint to the Hugging Face hub and return the URL of the commit or pull request."""
-        return push_folder(
-            self.save_pretrained,
-            repo_id,
-            token=token,
-            private=private,
-            commit_message=commit_message or "Add a cross-encoder",
-            exist_ok=exist_ok,
-            revision=revision,
-            create_pr=create_pr,
-        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,15 +12,17 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from huggingface_hub import HfApi
 
 from crossenc.activations import activation_name
+from crossenc.card import ModelFacts, write_card
+from crossenc.deprecation import accepts_old_arguments
 from crossenc.loading import MODULES_FILE, OWN_SETTINGS_FILE, TRANSFORMER_FILE, quiet_transformers
 from crossenc.modules import Part, Transformer
 
@@ -31,16 +33,73 @@ if TYPE_CHECKING:
 _LAYOUT_VERSION = "6.2.0"
 
 
-def save_checkpoint(model: "CrossEncoder", folder: Path) -> None:
-    """Write `model` to `folder`. What a kill leaves is never a folder that looks complete but is not.
+class SaveMixin:
+    """Gives CrossEncoder its `save_pretrained` and `push_to_hub`."""
 
-    Files of an earlier checkpoint there are replaced; other files stay.
+    @accepts_old_arguments({"safe_serialization": None})
+    def save_pretrained(
+        self,
+        path: str | Path,
+        model_name: str | None = None,
+        create_model_card: bool = True,
+        train_datasets: Sequence[str] | None = None,
+    ) -> None:
+        """Write a checkpoint folder that this library, sentence-transformers 4 to 6 and transformers load.
+
+        With `create_model_card` a README.md is among it: the one that the checkpoint came with, unless the model was
+        trained here. `model_name` and `train_datasets` (hub ids) are for the card.
+
+        Raises CheckpointError while the head is new and random.
+        """
+        model = cast("CrossEncoder", self)
+        model.engine  # noqa: B018 - raises while the head is new
+        card = model.model_card_data
+        card.model_name = model_name or card.model_name
+        if train_datasets:
+            card.train_datasets = [{"id": name, "name": name} for name in train_datasets]
+        save_checkpoint(model, Path(path), create_model_card)
+
+    def save(self, path: str | Path, **settings: Any) -> None:
+        """The same as `save_pretrained`."""
+        self.save_pretrained(path, **settings)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        token: str | None = None,
+        private: bool | None = None,
+        commit_message: str | None = None,
+        exist_ok: bool = False,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Upload the checkpoint to the Hugging Face hub and return the URL of the commit or pull request."""
+        return push_folder(
+            self.save_pretrained,
+            repo_id,
+            token=token,
+            private=private,
+            commit_message=commit_message or "Add a cross-encoder",
+            exist_ok=exist_ok,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+
+def save_checkpoint(model: "CrossEncoder", folder: Path, create_model_card: bool = True) -> None:
+    """Write `model` to `folder`, with a README.md if asked for.
+
+    What a kill leaves is never a folder that looks complete but is not. Files of an earlier checkpoint there are
+    replaced; other files stay.
     """
     unfinished = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.unfinished")
     unfinished.mkdir(parents=True)
     try:
         _write_parts(model, unfinished)
         _write_settings(model, unfinished)
+        if create_model_card:
+            _write_readme(model, unfinished)
         if not folder.exists():
             os.replace(unfinished, folder)
             return
@@ -75,6 +134,22 @@ def _write_parts(model: "CrossEncoder", folder: Path) -> None:
     for place, part in _places(model):
         if place:
             part.save(folder / place)
+
+
+def _write_readme(model: "CrossEncoder", folder: Path) -> None:
+    data = model.model_card_data
+    if model.readme is not None and not data.was_trained and not data.evaluations:
+        (folder / "README.md").write_text(model.readme, encoding="utf-8")
+        return
+    facts = ModelFacts(
+        base_model=data.base_model,
+        base_revision=data.base_revision,
+        max_length=model.max_length,
+        num_labels=model.num_labels,
+        activation=activation_name(model.activation_fn),
+        architecture=str(model),
+    )
+    write_card(folder, data, facts)
 
 
 def _places(model: "CrossEncoder") -> list[tuple[str, Any]]:

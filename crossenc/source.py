@@ -19,17 +19,23 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 @dataclass(slots=True)
 class ModelSource:
-    """What a model was put together from. `name` is for messages."""
+    """What a model was put together from.
 
-    name: str
+    `name` is the hub id, or of a folder or URI its last part: enough to know it by, and nothing of the machine.
+    `readme` is the card of a local folder.
+    """
+
+    name: str | None
     parts: list[nn.Module]
     layout: Layout
     tokenizer: PreTrainedTokenizerFast
     head_is_new: bool
+    readme: str | None = None
 
 
 def source_of_folder(
     folder: Path,
+    given: str,
     *,
     num_labels: int | None,
     dtype: torch.dtype,
@@ -37,7 +43,10 @@ def source_of_folder(
     model_settings: Mapping[str, Any],
     processor_settings: Mapping[str, Any],
 ) -> ModelSource:
-    """Load a local checkpoint folder; a head that it lacks is made new. Raises CheckpointError as `load_parts` does."""
+    """Load the local folder of the checkpoint that a user gave as `given`; a head that it lacks is made new.
+
+    Raises CheckpointError as `load_parts` does.
+    """
     layout = read_layout(folder)
     loaded = load_parts(
         folder,
@@ -49,7 +58,11 @@ def source_of_folder(
         new_head_allowed=True,
     )
     tokenizer = load_fast_tokenizer(folder, processor_settings)
-    return ModelSource(str(folder), loaded.parts, layout, tokenizer, loaded.head_is_new)
+    is_hub_id = "://" not in given and not Path(given).expanduser().is_dir()
+    name = given.partition("@")[0] if is_hub_id else given.rstrip("/").rpartition("/")[2]
+    card = folder / "README.md"
+    readme = card.read_text(encoding="utf-8") if card.exists() else None
+    return ModelSource(name, loaded.parts, layout, tokenizer, loaded.head_is_new, readme)
 
 
 def source_of_modules(modules: Iterable[nn.Module] | Mapping[str, nn.Module]) -> ModelSource:
@@ -58,7 +71,7 @@ def source_of_modules(modules: Iterable[nn.Module] | Mapping[str, nn.Module]) ->
     if not parts or not isinstance(parts[0], Transformer) or parts[0].tokenizer is None:
         raise ConfigError("the first of the modules must be a Transformer that has its tokenizer")
     layout = Layout(parts[0].task, tuple((type(part).__name__, "") for part in parts[1:]))
-    return ModelSource("a model made of modules", parts, layout, parts[0].tokenizer, head_is_new=False)
+    return ModelSource(None, parts, layout, parts[0].tokenizer, head_is_new=False)
 
 
 def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import sentence_transformers
 import torch
@@ -214,3 +215,22 @@ def test_a_bi_encoder_is_told_apart(tmp_path: Path) -> None:
     edit_json(folder / "config_sentence_transformers.json", model_type="SentenceTransformer")
     with pytest.raises(CheckpointError, match="is a SentenceTransformer, which embeds texts one by one"):
         CrossEncoder(folder)
+
+
+def test_five_hundred_real_pairs_score_the_same_classic_and_modular(shared_data: Path, tmp_path: Path) -> None:
+    folder = shared_data / "models" / "minilm-ce"
+    if not folder.is_dir():
+        pytest.skip(f"needs the model folder {folder}")
+    texts = {
+        kind: dict(pd.read_parquet(shared_data / "data" / "medquad" / f"{kind}.parquet")[[f"{name}_id", "text"]].values)
+        for kind, name in (("queries", "query"), ("corpus", "doc"))
+    }
+    candidates = pd.read_parquet(shared_data / "data" / "medquad" / "candidates.parquet").head(500)
+    pairs = [(texts["queries"][q], texts["corpus"][d]) for q, d in candidates[["query_id", "doc_id"]].values]
+    theirs = reference(folder, max_length=64)  # the length keeps this test short, not the scores alike
+    expected = theirs.predict(pairs)
+    with quiet_transformers():
+        theirs.save_pretrained(str(tmp_path / "modular"), create_model_card=False)
+    for place in (folder, tmp_path / "modular"):
+        scores = CrossEncoder(place, device="cpu", max_length=64).predict(pairs)
+        np.testing.assert_allclose(scores, expected, rtol=0, atol=TOLERANCE)

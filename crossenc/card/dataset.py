@@ -1,0 +1,78 @@
+"""A dataset as a model card shows it: size, columns, statistics, samples. Knows columns of values, no model."""
+
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+#: Rows that statistics are taken over, and rows shown.
+STATISTICS_ROWS, SAMPLE_ROWS = 1000, 3
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetFacts:
+    """What is shown of one dataset.
+
+    `columns` maps a column's name to its kind; `statistics` to lines such as "mean: 12.5 tokens". `samples` holds
+    the first rows as they are.
+    """
+
+    name: str
+    num_rows: int
+    columns: Mapping[str, str]
+    statistics: Mapping[str, Sequence[str]]
+    num_statistics_rows: int
+    samples: Sequence[Mapping[str, Any]]
+    dataset_id: str | None = None
+    revision: str | None = None
+
+
+def describe_dataset(
+    rows: Iterable[Mapping[str, Any]],
+    num_rows: int,
+    count_tokens: Callable[[Sequence[str]], Sequence[int]],
+    *,
+    name: str = "Unnamed dataset",
+    dataset_id: str | None = None,
+    revision: str | None = None,
+) -> DatasetFacts:
+    """Facts of a dataset from its first rows; `rows` may be a datasets.Dataset, or any rows as mappings.
+
+    `count_tokens` gives the number of tokens of each of several texts.
+    """
+    first = list(islice(iter(rows), STATISTICS_ROWS))
+    names = list(first[0]) if first else []
+    values = {column: [row[column] for row in first] for column in names}
+    described = {column: _describe(values[column], count_tokens) for column in names}
+    return DatasetFacts(
+        name=name,
+        num_rows=num_rows,
+        columns={column: kind for column, (kind, _) in described.items()},
+        statistics={column: lines for column, (_, lines) in described.items()},
+        num_statistics_rows=len(first),
+        samples=first[:SAMPLE_ROWS],
+        dataset_id=dataset_id,
+        revision=revision,
+    )
+
+
+def _describe(values: Sequence[Any], count_tokens: Callable[[Sequence[str]], Sequence[int]]) -> tuple[str, list[str]]:
+    """The kind of a column and its statistics in words."""
+    if all(isinstance(value, str) for value in values):
+        return "string", _spread(count_tokens(values), "tokens", 0)
+    if all(isinstance(value, bool | int) for value in values):
+        shares = Counter(values)
+        return "int", [f"{value}: {shares[value] / len(values):.2%}" for value in sorted(shares)]
+    if all(isinstance(value, bool | int | float) for value in values):
+        return "float", _spread(values, "", 2)
+    if all(isinstance(value, list | tuple) for value in values):
+        return "list", _spread([len(value) for value in values], "elements", 0)
+    return "mixed", []
+
+
+def _spread(numbers: Sequence[float], unit: str, num_digits: int) -> list[str]:
+    found = {"min": min(numbers), "mean": statistics.fmean(numbers), "max": max(numbers)}
+    digits = {"min": num_digits, "mean": 2, "max": num_digits}
+    return [f"{name}: {value:.{digits[name]}f} {unit}".rstrip() for name, value in found.items()]
