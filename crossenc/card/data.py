@@ -18,6 +18,11 @@ class ModelFacts:
     activation: str
     architecture: str
 
+    @property
+    def base_is_on_hub(self) -> bool:
+        """Whether `base_model` is an id of the hub, `owner/name`, and not the name of a local folder."""
+        return self.base_model is not None and self.base_model.count("/") == 1
+
 
 @dataclass(slots=True)
 class LogRow:

@@ -142,7 +142,7 @@ def _front_matter(data: CrossEncoderModelCardData, facts: ModelFacts) -> str:
         "language": data.language if isinstance(data.language, str | None) else list(data.language),
         "license": data.license,
         "tags": tags,
-        "base_model": facts.base_model,
+        "base_model": facts.base_model if facts.base_is_on_hub else None,
         "datasets": [d["id"] for d in data.train_datasets if d.get("id")] or None,
         "pipeline_tag": "text-ranking" if facts.num_labels == 1 else "text-classification",
         "library_name": "sentence-transformers",
