@@ -35,13 +35,21 @@ class LogRow:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """One evaluator's figures at the end: measures by name, the `primary` one decides."""
+    """One evaluator's figures at the end: measures by name, the `primary` one decides.
+
+    A measure may be a text that starts with its number, such as "0.71 (+0.12)".
+    """
 
     name: str
     evaluator: str
     config: Mapping[str, Any]
-    measures: Mapping[str, float]
+    measures: Mapping[str, float | str]
     primary: str | None
+
+
+def number(measure: float | str) -> float:
+    """The figure of a measure, which may be a text that starts with it."""
+    return float(measure.split()[0] if isinstance(measure, str) else measure)
 
 
 @dataclass(slots=True)
@@ -103,7 +111,7 @@ class CrossEncoderModelCardData:
         self.logs[-1].values.update(values)
 
     def set_evaluation_metrics(
-        self, evaluator: Any, metrics: Mapping[str, float], epoch: float = 0, step: int = 0
+        self, evaluator: Any, metrics: Mapping[str, float | str], epoch: float = 0, step: int = 0
     ) -> None:
         """Record what an evaluator of crossenc.evaluation found; the last call for an evaluator counts."""
         config = evaluator.get_config_dict() if hasattr(evaluator, "get_config_dict") else {}
@@ -112,4 +120,4 @@ class CrossEncoderModelCardData:
         found = Evaluation(name, type(evaluator).__name__, dict(config), dict(metrics), primary)
         self.evaluations = [e for e in self.evaluations if (e.name, e.evaluator) != (name, found.evaluator)] + [found]
         if primary is not None and primary in metrics:
-            self.add_log(epoch, step, {primary: float(metrics[primary])})
+            self.add_log(epoch, step, {primary: number(metrics[primary])})

@@ -17,7 +17,7 @@ import yaml
 from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
-from crossenc.card.data import CrossEncoderModelCardData, LogRow, ModelFacts
+from crossenc.card.data import CrossEncoderModelCardData, LogRow, ModelFacts, number
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def render_card(data: CrossEncoderModelCardData, facts: ModelFacts) -> str:
         keep_trailing_newline=True,
         autoescape=False,  # the filters below escape what comes from data, for markdown and HTML both
     )
-    environment.filters.update(inline=inline, cell=cell, json=_json)
+    environment.filters.update(inline=inline, cell=cell, json=_json, figure=_figure)
     pairs = _example_pairs(data)
     body = environment.from_string(_TEMPLATE.read_text()).render(
         data=data,
@@ -84,6 +84,11 @@ def cell(value: object) -> str:
         return f"{shown}, …" if len(value) > _MAX_ELEMENTS else shown
     text = str(value)
     return f"<code>{inline(text[:_MAX_CHARACTERS])}{'…' if len(text) > _MAX_CHARACTERS else ''}</code>"
+
+
+def _figure(measure: float | str) -> str:
+    """A measure as it is shown: a text as it is, a number with four digits."""
+    return inline(measure) if isinstance(measure, str) else f"{measure:.4f}"
 
 
 def _json(value: object) -> str:
@@ -162,7 +167,7 @@ def _eval_results(data: CrossEncoderModelCardData) -> list[EvalResult]:
             dataset_name=evaluation.name or "Unknown",
             metric_type=measure.removeprefix(f"{evaluation.name}_"),
             metric_name=measure.removeprefix(f"{evaluation.name}_").replace("_", " ").capitalize(),
-            metric_value=float(value),
+            metric_value=number(value),
         )
         for evaluation in data.evaluations
         for measure, value in evaluation.measures.items()

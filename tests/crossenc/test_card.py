@@ -216,6 +216,17 @@ def test_a_card_that_cannot_be_made_does_not_cost_the_model(tmp_path: Path, capl
     assert "could not be made" in caplog.text
 
 
+def test_a_measure_may_come_with_its_gain_in_words(tmp_path: Path) -> None:
+    data = CrossEncoderModelCardData()
+    samples = [{"query": "what is water", "positive": ["river"], "documents": ["bread", "river"]}]
+    evaluator = CrossEncoderRerankingEvaluator(samples, name="dev", write_csv=False)
+    evaluator(type("Model", (), {"model_card_data": data, "predict": lambda self, pairs, **_: [0.1, 0.9]})())
+    write_card(tmp_path, data, FACTS)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "1.0000 (+0.3691)" in card.text
+    assert {result.metric_type: result.metric_value for result in card.data.eval_results}["ndcg@10"] == 1.0
+
+
 def test_many_log_rows_and_datasets_are_folded() -> None:
     data = CrossEncoderModelCardData()
     for step in range(101):
