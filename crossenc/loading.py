@@ -29,6 +29,7 @@ from crossenc.activations import named_activation
 from crossenc.checkpoint import read_json
 from crossenc.errors import CheckpointError, ConfigError
 from crossenc.modules import PARTS, Dense, LogitScore, Transformer
+from crossenc.tokenizer import check_text_settings
 
 OWN_SETTINGS_FILE = "config_sentence_transformers.json"
 MODULES_FILE = "modules.json"
@@ -48,7 +49,9 @@ class Layout:
     """How a checkpoint folder is made up.
 
     `task` is the Transformer's; `parts` holds the class and the folder of each part after it. `activation` is the
-    full name that the checkpoint gives, None where it gives none. `template_settings` are for the chat template.
+    full name that the checkpoint gives, None where it gives none. `text_settings` may hold the max_length and the
+    truncation of pairs, `template_settings` are for the chat template. `fp32_modules` are linear layers that compute in
+    float32.
     """
 
     task: str
@@ -56,7 +59,9 @@ class Layout:
     activation: str | None = None
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt_name: str | None = None
+    text_settings: Mapping[str, Any] = field(default_factory=dict)
     template_settings: Mapping[str, Any] = field(default_factory=dict)
+    fp32_modules: tuple[str, ...] = ()
 
     @property
     def is_causal(self) -> bool:
@@ -74,28 +79,34 @@ def read_layout(folder: str | Path, config: PretrainedConfig | None = None) -> L
         nested.get("activation_fn"),
         getattr(config, "sbert_ce_default_activation_function", None),
     )
+    is_backbone = (folder / MODULES_FILE).exists() and _is_of_another_kind(folder, own)
     prompts, default = own.get("prompts") or {}, own.get("default_prompt_name")
+    if is_backbone:  # what was put before the texts it embedded is not for pairs
+        prompts, default = {}, None
     if default is not None and default not in prompts:
         raise CheckpointError(f"{folder / OWN_SETTINGS_FILE} names the prompt {default!r} and does not give it")
     common: dict[str, Any] = {
         "activation": next((str(name) for name in named if name is not None), None),
         "prompts": prompts,
         "default_prompt_name": default,
+        "fp32_modules": () if is_backbone else tuple(own.get("keep_in_fp32_modules") or ()),
     }
-    if (folder / MODULES_FILE).exists():
-        task, parts, template_settings = _read_modules(folder, own)
-        return Layout(task, parts, template_settings=template_settings, **common)
+    if (folder / MODULES_FILE).exists() and not is_backbone:
+        task, parts, processing = _read_modules(folder)
+        return Layout(task, parts, **processing, **common)
     architecture = (config.architectures or [""])[0]
     return Layout("text-generation" if architecture.endswith("ForCausalLM") else "sequence-classification", **common)
 
 
-def _read_modules(folder: Path, own: Mapping[str, Any]) -> tuple[str, tuple[tuple[str, str], ...], Mapping[str, Any]]:
-    """The Transformer's task, class and folder of the parts after it, and settings for the chat template."""
-    if own.get("model_type", "CrossEncoder") != "CrossEncoder":
-        raise CheckpointError(
-            f"{folder} is a {own['model_type']}, which embeds texts one by one and gives no score of a pair:"
-            " use a cross-encoder, or its backbone as a start of training"
-        )
+def _is_of_another_kind(folder: Path, own: Mapping[str, Any]) -> bool:
+    """Whether the parts embed texts one by one, so that the first of them is the backbone of a new cross-encoder."""
+    kinds = [str(module["type"]).rpartition(".")[2] for module in read_json(folder / MODULES_FILE)]
+    stated = own.get("model_type")
+    return stated != "CrossEncoder" if stated is not None else bool(kinds) and kinds[-1] in ("Pooling", "Normalize")
+
+
+def _read_modules(folder: Path) -> tuple[str, tuple[tuple[str, str], ...], dict[str, Any]]:
+    """The Transformer's task, class and folder of the parts after it, and how texts are processed."""
     kinds: list[tuple[str, str]] = []
     for module in read_json(folder / MODULES_FILE):
         origin, _, kind = str(module["type"]).rpartition(".")
@@ -116,14 +127,16 @@ def _read_modules(folder: Path, own: Mapping[str, Any]) -> tuple[str, tuple[tupl
     if task not in _LOADERS:
         raise CheckpointError(f"{folder / TRANSFORMER_FILE} asks for {task}: supported are {', '.join(_LOADERS)}")
     processing = dict(settings.get("processing_kwargs") or {})
+    text_settings = dict(processing.pop("text", {}))
     template_settings = dict(processing.pop("chat_template", {}))
     template_settings.pop("restore_suffix", None)  # what the template ends in is always kept here
-    if processing:
+    unknown = [*processing, *check_text_settings(text_settings)]
+    if unknown:
         raise CheckpointError(
-            f"{folder / TRANSFORMER_FILE} sets processing_kwargs for {', '.join(processing)}, which change what the"
+            f"{folder / TRANSFORMER_FILE} sets processing_kwargs for {', '.join(unknown)}, which change what the"
             " model sees and are not supported"
         )
-    return task, tuple(kinds[1:]), template_settings
+    return task, tuple(kinds[1:]), {"text_settings": text_settings, "template_settings": template_settings}
 
 
 def load_parts(
@@ -135,7 +148,7 @@ def load_parts(
     config_settings: Mapping[str, Any] | None = None,
     model_settings: Mapping[str, Any] | None = None,
     new_head_allowed: bool = False,
-) -> "LoadedParts":
+) -> list[nn.Module]:
     """The parts of the model on the CPU, in eval mode; the last one gives "scores".
 
     `num_labels` overrides what the checkpoint states; `config_settings` and `model_settings` go to transformers.
@@ -145,14 +158,16 @@ def load_parts(
     """
     folder = Path(folder)
     config = load_config(folder, config_settings)
-    if num_labels is not None and layout.task == "sequence-classification":
-        config.num_labels = num_labels
+    if layout.task == "sequence-classification":
+        set_num_labels(config, num_labels)
     model, missing = load_model(folder, config, layout.task, dtype, model_settings)
     if missing and not (new_head_allowed and _is_head(missing, model)):
         raise CheckpointError(
             f"{folder} lacks {', '.join(missing[:5])}: it is not a trained cross-encoder; train its head first"
         )
-    parts: list[nn.Module] = [Transformer(model, layout.task)]
+    transformer = Transformer(model, transformer_task=layout.task)
+    transformer.remember_new(missing)
+    parts: list[nn.Module] = [transformer]
     parts += [PARTS[kind].load(folder / place).to(dtype) for kind, place in layout.parts]
     if layout.is_causal and not layout.parts:
         parts.append(_yes_or_no(folder))
@@ -163,20 +178,20 @@ def load_parts(
     found = num_labels_of(parts)
     if num_labels is not None and found != num_labels:
         raise CheckpointError(f"{folder} gives {found} scores a pair, not {num_labels}: leave num_labels out")
-    return LoadedParts([part.eval() for part in parts], bool(missing))
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedParts:
-    """A model's parts, and whether its head is random."""
-
-    parts: list[nn.Module]
-    head_is_new: bool
+    return [part.eval() for part in parts]
 
 
 def _is_head(missing: list[str], model: PreTrainedModel) -> bool:
     """Whether every one of the weights `missing` lies outside of the backbone."""
     return not any(name.startswith(f"{model.base_model_prefix}.") for name in missing)
+
+
+def set_num_labels(config: PretrainedConfig, num_labels: int | None) -> None:
+    """Set the labels of a classification model; those of a backbone, which states none, are one by default."""
+    if num_labels is not None:
+        config.num_labels = num_labels
+    elif not (config.architectures or [""])[0].endswith("ForSequenceClassification"):
+        config.num_labels = 1
 
 
 def read_num_labels(folder: str | Path, layout: Layout) -> int:
@@ -272,16 +287,22 @@ def load_model(
 def resolve_activation(layout: Layout, num_labels: int) -> nn.Module:
     """What the checkpoint's scores go through: what it names, else Sigmoid for one label and Identity for more.
 
-    Raises CheckpointError for anything but an elementwise activation of torch.nn: no other class is ever imported.
+    Raises CheckpointError for anything but an activation of torch.nn without arguments: no other class is ever
+    imported.
     """
     if layout.activation is None:
-        return nn.Sigmoid() if num_labels == 1 else nn.Identity()
+        return default_activation(num_labels)
     try:
         return named_activation(layout.activation)
     except ConfigError as error:
         raise CheckpointError(
             f"the checkpoint names an unsupported one: {error}; pass activation_fn yourself, or correct the checkpoint"
         ) from None
+
+
+def default_activation(num_labels: int) -> nn.Module:
+    """What the scores of a checkpoint that names nothing go through."""
+    return nn.Sigmoid() if num_labels == 1 else nn.Identity()
 
 
 @contextmanager

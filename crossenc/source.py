@@ -17,7 +17,7 @@ from crossenc.tokenizer import load_fast_tokenizer
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class ModelSource:
     """What a model was put together from.
 
@@ -29,7 +29,6 @@ class ModelSource:
     parts: list[nn.Module]
     layout: Layout
     tokenizer: PreTrainedTokenizerFast
-    head_is_new: bool
     readme: str | None = None
 
 
@@ -48,7 +47,7 @@ def source_of_folder(
     Raises CheckpointError as `load_parts` does.
     """
     layout = read_layout(folder)
-    loaded = load_parts(
+    parts = load_parts(
         folder,
         layout,
         num_labels=num_labels,
@@ -58,11 +57,14 @@ def source_of_folder(
         new_head_allowed=True,
     )
     tokenizer = load_fast_tokenizer(folder, processor_settings)
+    transformer = parts[0]
+    assert isinstance(transformer, Transformer)
+    transformer.tokenizer = tokenizer
     is_hub_id = "://" not in given and not Path(given).expanduser().is_dir()
     name = given.partition("@")[0] if is_hub_id else given.rstrip("/").rpartition("/")[2]
     card = folder / "README.md"
     readme = card.read_text(encoding="utf-8") if card.exists() else None
-    return ModelSource(name, loaded.parts, layout, tokenizer, loaded.head_is_new, readme)
+    return ModelSource(name, parts, layout, tokenizer, readme)
 
 
 def source_of_modules(modules: Iterable[nn.Module] | Mapping[str, nn.Module]) -> ModelSource:
@@ -71,7 +73,14 @@ def source_of_modules(modules: Iterable[nn.Module] | Mapping[str, nn.Module]) ->
     if not parts or not isinstance(parts[0], Transformer) or parts[0].tokenizer is None:
         raise ConfigError("the first of the modules must be a Transformer that has its tokenizer")
     layout = Layout(parts[0].task, tuple((type(part).__name__, "") for part in parts[1:]))
-    return ModelSource(None, parts, layout, parts[0].tokenizer, head_is_new=False)
+    return ModelSource(None, parts, layout, parts[0].tokenizer)
+
+
+def split_dtype(model_settings: Mapping[str, Any]) -> tuple[torch.dtype, dict[str, Any]]:
+    """The dtype among settings for a transformers model, by either of its names, and the other settings."""
+    rest = dict(model_settings)
+    old, new = rest.pop("torch_dtype", None), rest.pop("dtype", None)
+    return resolve_dtype(old if new is None else new), rest
 
 
 def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
