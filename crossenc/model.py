@@ -6,6 +6,7 @@ It joins the parts of a model, their tokenizer and the engine, and knows neither
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,11 +35,15 @@ from crossenc.pairs import Pair, is_one_pair, split_pairs
 from crossenc.pool import Pool, default_devices
 from crossenc.precision import keep_in_float32
 from crossenc.ranking import order
+from crossenc.records import TokenizedPairs
 from crossenc.saving import SaveMixin
 from crossenc.source import ModelSource, resolve_dtype, source_of_folder, source_of_modules, split_dtype
-from crossenc.tokenizer import PairTokenizer, position_limit, wrap_tokenizer
+from crossenc.tokenizer import PairTokenizer, check_texts, position_limit, wrap_tokenizer
 
 logger = logging.getLogger(__name__)
+
+#: Pairs that are tokenised while those before them are scored, and that are sorted by length among each other.
+_PAIRS_AHEAD = 8192
 
 Scores = NDArray[np.float32] | np.float32 | Tensor | list[Tensor]
 
@@ -498,9 +503,22 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
         tokenizer = self._tokenizer
         if settings.processing_kwargs:
             tokenizer = self._tokenizer_for(self.max_length, settings.processing_kwargs)
-        pairs = tokenizer.encode(queries, documents, settings.prompt)
-        with _progress(len(pairs), settings.shows_progress) as on_batch:
-            return engine.score(pairs, on_batch)
+        check_texts(queries, "query")  # all of them now, so that an error names the place among all
+        check_texts(documents, "document")
+
+        def tokenise(start: int) -> TokenizedPairs:
+            chunk = slice(start, start + _PAIRS_AHEAD)
+            return tokenizer.encode(queries[chunk], documents[chunk], settings.prompt)
+
+        with _progress(len(queries), settings.shows_progress) as on_batch, ThreadPoolExecutor(1) as thread:
+            scores = []
+            ahead = thread.submit(tokenise, 0)
+            for start in range(0, max(1, len(queries)), _PAIRS_AHEAD):
+                pairs = ahead.result()
+                if start + _PAIRS_AHEAD < len(queries):
+                    ahead = thread.submit(tokenise, start + _PAIRS_AHEAD)
+                scores.append(engine.score(pairs, on_batch))
+        return np.concatenate(scores)
 
     def _score_text(self, text: str, settings: "_ScoreSettings") -> NDArray[np.float32]:
         """The score of one text without a document, [1] or [1, L]."""
