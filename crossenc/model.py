@@ -273,8 +273,11 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, SaveMixin):
         scores: Tensor = self(self.preprocess(pairs, prompt))["scores"]
         return scores
 
-    def preprocess(self, inputs: Sequence[Pair], prompt: str | None = None) -> Features:
-        """Pairs as model inputs: a dict of int64 tensors [P, W] on the model's device."""
+    def preprocess(self, inputs: Sequence[Pair], prompt: str | None = None, task: str | None = None) -> Features:
+        """Pairs as model inputs: a dict of int64 tensors [P, W] on the model's device.
+
+        `task` would name one of several routes through a model; there is one here, so it changes nothing.
+        """
         queries, documents, _ = split_pairs(inputs)
         pairs = self._tokenizer.encode(queries, documents, self._prompt(prompt, None))
         return self._engine().batch_inputs(pairs, np.arange(len(pairs)))
@@ -458,6 +461,16 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, SaveMixin):
             return prompt
         name = prompt_name or self.default_prompt_name
         return "" if name is None else _named_prompt(self.prompts, name)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Compute activations again in the backward pass, which costs time and saves memory."""
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **settings: Any
+    ) -> None:
+        """The same by transformers' new name, with its settings."""
+        self.model.activation_checkpointing_enable(activation_checkpointing_kwargs, **settings)
 
     def mark_trained(self) -> None:
         """Say that the head is not random any more: called by whoever trained it."""
