@@ -464,7 +464,7 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, SaveMixin):
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Compute activations again in the backward pass, which costs time and saves memory."""
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **settings: Any

@@ -34,17 +34,17 @@ class CrossEncoderTrainingArguments(TrainingArguments):  # type: ignore[misc]
 
     _VALID_DICT_FIELDS = (*TrainingArguments._VALID_DICT_FIELDS, "prompts", "learning_rate_mapping", "router_mapping")
 
-    prompts: str | dict[str, str] | None = field(default=None, metadata={"help": "The text before every query."})
+    prompts: dict[str, str] | str | None = field(default=None, metadata={"help": "The text before every query."})
     batch_sampler: BatchSamplers | str | Callable[..., BatchSampler] = field(
         default=BatchSamplers.BATCH_SAMPLER, metadata={"help": "Which rows make a batch."}
     )
     multi_dataset_batch_sampler: MultiDatasetBatchSamplers | str | Callable[..., BatchSampler] = field(
         default=MultiDatasetBatchSamplers.PROPORTIONAL, metadata={"help": "Which dataset the next batch is from."}
     )
-    router_mapping: str | dict[str, str] | None = field(
+    router_mapping: dict[str, str] | str | None = field(
         default_factory=dict, metadata={"help": "The task of each dataset, handed to losses."}
     )
-    learning_rate_mapping: str | dict[str, float] | None = field(
+    learning_rate_mapping: dict[str, float] | str | None = field(
         default_factory=dict, metadata={"help": "Learning rates by a regular expression of parameter names."}
     )
     warmup_ratio: float | None = field(default=None, metadata={"help": "Deprecated: write warmup_steps."})
