@@ -6,16 +6,14 @@ compiled. A loss knows a model by its `logits`, so it is given one whose logits 
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from crossenc.errors import ConfigError
+from crossenc.model import CrossEncoder
 from crossenc.pairs import Pair
-
-if TYPE_CHECKING:
-    from crossenc.model import CrossEncoder
 
 #: A loss, or what makes one of a model: a class, a function.
 LossLike = nn.Module | Callable[[Any], nn.Module]
@@ -25,7 +23,7 @@ Losses = nn.Module | dict[str, nn.Module]
 class WrappedModel(nn.Module):
     """A CrossEncoder inside a wrapper, as losses know it; all but its forward pass is the CrossEncoder's own."""
 
-    def __init__(self, wrapper: nn.Module, model: "CrossEncoder") -> None:
+    def __init__(self, wrapper: nn.Module, model: CrossEncoder) -> None:
         super().__init__()
         self.wrapper = wrapper
         self.__dict__["_model"] = model  # no second child: the wrapper has it already
@@ -46,7 +44,7 @@ class WrappedModel(nn.Module):
             return getattr(self.__dict__["_model"], name)
 
 
-def make_losses(given: LossLike | Mapping[str, LossLike], model: "CrossEncoder") -> Losses:
+def make_losses(given: LossLike | Mapping[str, LossLike], model: CrossEncoder) -> Losses:
     """The losses for `model`, on its device: what is a loss already gets it as its model, the rest is called with it.
 
     Raises ConfigError for what is neither.
@@ -56,7 +54,7 @@ def make_losses(given: LossLike | Mapping[str, LossLike], model: "CrossEncoder")
     return _make_loss(given, model)
 
 
-def _make_loss(given: LossLike, model: "CrossEncoder") -> nn.Module:
+def _make_loss(given: LossLike, model: CrossEncoder) -> nn.Module:
     loss = given if isinstance(given, nn.Module) else given(model)
     if not isinstance(loss, nn.Module):
         raise ConfigError(f"loss gave a {type(loss).__name__}: pass a loss, or a function of the model that makes one")
@@ -71,8 +69,6 @@ def each(losses: Losses) -> Iterator[nn.Module]:
 
 def set_model(loss: nn.Module, model: nn.Module) -> None:
     """Make `model` the model of a loss and of the losses inside it."""
-    from crossenc.model import CrossEncoder
-
     for part in list(loss.modules()):
         if isinstance(part._modules.get("model"), CrossEncoder | WrappedModel) and not isinstance(part, WrappedModel):
             part.model = model

@@ -78,7 +78,8 @@ class CrossEncoderModelCardCallback(TrainerCallback):  # type: ignore[misc]
     def on_log(
         self, args: Any, state: Any, control: Any, *, model: "CrossEncoder", logs: Mapping[str, Any], **_: Any
     ) -> None:
-        self._add_figures(model.model_card_data, state.epoch or 0.0, state.global_step, logs)
+        assert self._trainer is not None
+        self._add_figures(model.model_card_data, *self._trainer.moment, logs)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, *, model: "CrossEncoder", **_: Any) -> None:
         self._evaluations_at[state.global_step] = model.model_card_data.evaluations

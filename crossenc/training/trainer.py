@@ -73,8 +73,9 @@ class CrossEncoderTrainer(Trainer):  # type: ignore[misc]
         datasets.IterableDataset, with `max_steps` in `args`. `loss` is one of crossenc.losses or of one's own, a class
         or function that makes one of the model, or a dict of such for datasets of the same names; by default binary
         cross-entropy for a model with one label and cross-entropy for others. `evaluator` is one or several; its
-        metrics are logged as `eval_<metric>`, and the primary one of several is that of the last. The rest is as
-        transformers' Trainer has it, but that there are no predictions to compute metrics of.
+        metrics are logged as `eval_<metric>`, the primary one of several is that of the last, and of several processes
+        the main one evaluates. The rest is as in transformers' Trainer, but that there are no predictions to compute
+        metrics of.
 
         Raises InputError for datasets that do not fit the loss or each other, ConfigError for settings.
         """
@@ -97,7 +98,9 @@ class CrossEncoderTrainer(Trainer):  # type: ignore[misc]
         )
         self.eval_dataset = eval_dataset
         self.can_return_loss = True  # without being told by the batch
-        self.evaluator = SequentialEvaluator(evaluator) if isinstance(evaluator, Sequence) else evaluator
+        self.evaluator: Callable[..., Any] | None = (
+            SequentialEvaluator(evaluator) if isinstance(evaluator, Sequence) else evaluator
+        )
         self._given_loss = self.get_default_loss if loss is None else loss
         self._loss_model: nn.Module = self.model
         self.loss = bound_losses.make_losses(self._given_loss, self.model)
@@ -276,6 +279,11 @@ class CrossEncoderTrainer(Trainer):  # type: ignore[misc]
 
     # --- evaluation
 
+    @property
+    def moment(self) -> tuple[float, int]:
+        """The epoch and step of the training; -1 and -1 before and after it, when the model may be another."""
+        return (self.state.epoch or 0.0, self.state.global_step) if self.is_in_train else (-1, -1)
+
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
@@ -310,9 +318,8 @@ class CrossEncoderTrainer(Trainer):  # type: ignore[misc]
         if self.is_world_process_zero():
             folder = Path(self.args.output_dir) / "eval"
             folder.mkdir(parents=True, exist_ok=True)
-            metrics = self.evaluator(
-                self.model, output_path=str(folder), epoch=self.state.epoch, steps=self.state.global_step
-            )
+            epoch, step = self.moment
+            metrics = self.evaluator(self.model, output_path=str(folder), epoch=epoch, steps=step)
             metrics = metrics if isinstance(metrics, Mapping) else {"evaluator": float(metrics)}
         (metrics,) = broadcast_object_list([dict(metrics)])
         return {name if name.startswith(f"{prefix}_") else f"{prefix}_{name}": v for name, v in metrics.items()}
@@ -378,6 +385,8 @@ def _check_arguments(args: Any, can_evaluate: bool, compute_metrics: Any) -> Non
             f"eval_strategy is {args.eval_strategy.value!r} and there is nothing to evaluate on: give an eval_dataset "
             "or an evaluator, or set eval_strategy='no'"
         )
+    if args.train_sampling_strategy != "random":
+        warnings.warn("train_sampling_strategy has no effect: choose a batch_sampler", UserWarning, 4)
     if compute_metrics is not None:
         warnings.warn("compute_metrics has no effect, there being no predictions: pass an evaluator", UserWarning, 4)
 

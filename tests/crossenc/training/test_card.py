@@ -134,6 +134,21 @@ def test_logs_have_a_row_a_step_and_the_kept_one_is_bold(tmp_path: Path) -> None
     assert str(tmp_path) not in card
 
 
+def test_figures_before_and_after_training_have_rows_of_their_own(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path)
+    pairs = list(zip(PAIRS["query"], PAIRS["document"], strict=True))
+    evaluator = CrossEncoderClassificationEvaluator(pairs, [int(label) for label in PAIRS["label"]])
+    args = arguments(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=2)
+    trainer = CrossEncoderTrainer(model, args, PAIRS, PAIRS, evaluator=evaluator)
+    before = trainer.evaluate()
+    trainer.train()
+    trainer.evaluate()
+    rows = log_rows(read_card(model, tmp_path))
+    assert [row[1] for row in rows] == ["Step", "-1", "2", "-1"] and "Validation Loss" in rows[0]
+    assert all(len(set(row[3:])) == 2 for row in rows[1:])
+    assert f"{before['eval_loss']:.4f}" in rows[1] and rows[1] != rows[2]
+
+
 def test_a_card_cites_the_loss_and_shows_its_settings(tmp_path: Path) -> None:
     model = tiny_model(tmp_path)
     CrossEncoderTrainer(model, arguments(tmp_path), loss={"one": LambdaLoss(model, k=7)})

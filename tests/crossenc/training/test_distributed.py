@@ -18,7 +18,7 @@ class Length:
     primary_metric = "length"
     def __call__(self, model, output_path, epoch, steps):
         assert os.environ.get("RANK", "0") == "0"
-        return {"length": float(steps)}
+        return {"length": 4.0}
 
 folder, processes = sys.argv[1], int(os.environ.get("WORLD_SIZE", 1))
 for kind, data in (("rows", PAIRS), ("stream", PAIRS.to_iterable_dataset())):
