@@ -9,6 +9,11 @@ bound_losses    losses with the trainer's model in them
 card_callback   what a model card learns from training
 """
 
+try:
+    import accelerate  # noqa: F401 - transformers needs it, and would not say so
+except ModuleNotFoundError as error:
+    raise ImportError("training needs the packages accelerate and datasets: pip install 'crossenc[train]'") from error
+
 from crossenc.training.arguments import CrossEncoderTrainingArguments
 from crossenc.training.card_callback import CrossEncoderModelCardCallback
 from crossenc.training.collator import CrossEncoderDataCollator

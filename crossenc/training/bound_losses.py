@@ -41,7 +41,7 @@ class WrappedModel(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.__dict__["_model"], name)
+            return getattr(self.__dict__.get("_model"), name)
 
 
 def make_losses(given: LossLike | Mapping[str, LossLike], model: CrossEncoder) -> Losses:

@@ -163,13 +163,13 @@ def _hub_source(rows: Any) -> tuple[str | None, str | None]:
 
 
 def _add_hub_datasets(card: CrossEncoderModelCardData) -> None:
-    """Name datasets of the hub in the front matter, where their user did not."""
-    if not card.train_datasets:
-        card.train_datasets = [
-            {"name": facts.name, "id": facts.dataset_id, "revision": facts.revision or ""}
-            for facts in card.training
-            if facts.dataset_id is not None
-        ]
+    """Name the datasets where their user did not and some are from the hub, for the front matter."""
+    found = [
+        {"name": facts.name} | ({"id": facts.dataset_id, "revision": facts.revision or ""} if facts.dataset_id else {})
+        for facts in card.training
+    ]
+    if not card.train_datasets and any("id" in named for named in found):
+        card.train_datasets = found
 
 
 def _emissions(found: Any) -> dict[str, str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, RandomSampler
 from transformers import Trainer, TrainerCallback
@@ -311,8 +312,6 @@ class CrossEncoderTrainer(Trainer):  # type: ignore[misc]
 
     def _evaluator_metrics(self, prefix: str) -> dict[str, Any]:
         """What the evaluator finds, by names that begin with `prefix`. It runs in the main process, for all."""
-        from accelerate.utils import broadcast_object_list  # here, so that transformers says what to install
-
         metrics: Any = {}
         assert self.evaluator is not None
         if self.is_world_process_zero():
@@ -354,7 +353,7 @@ class CrossEncoderTrainer(Trainer):  # type: ignore[misc]
             return
         card = self.model.model_card_data
         card.language, card.license = language or card.language, license or card.license
-        card.model_name = model_name or card.model_name
+        card.model_name = card.model_name or model_name
         new = [tags] if isinstance(tags, str) else list(tags or ())
         card.tags = [*card.tags, *(tag for tag in new if tag not in card.tags)]
         write_readme(self.model, Path(self.args.output_dir))

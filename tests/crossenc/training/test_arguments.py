@@ -1,6 +1,8 @@
 """The trainer's settings and its collator: what they take, change and refuse."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,14 @@ def test_dicts_come_as_json_too() -> None:
     assert made(learning_rate_mapping=None).learning_rate_mapping == {}
     with pytest.raises(ConfigError, match=r"learning_rate_mapping is 'classifier=0\.1': give a dict, or one as JSON"):
         made(learning_rate_mapping="classifier=0.1")
+
+
+def test_without_accelerate_there_is_a_word_on_what_to_install() -> None:
+    code = "import sys; sys.modules['accelerate'] = None; from crossenc import CrossEncoderTrainer"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[3])
+    assert (
+        "ImportError: training needs the packages accelerate and datasets: pip install 'crossenc[train]'" in done.stderr
+    )
 
 
 def test_a_command_line_sets_them(tmp_path: Path) -> None:
