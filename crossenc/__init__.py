@@ -3,6 +3,7 @@
 This is the library's public face: a name is imported with it only where that needs no torch.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from crossenc.errors import (
@@ -18,19 +19,33 @@ from crossenc.ranking import rank
 from crossenc.records import Candidates, Ranking, ScoredDoc
 
 if TYPE_CHECKING:
+    from crossenc.card import CrossEncoderModelCardData
     from crossenc.fitting import InputExample
     from crossenc.model import CrossEncoder
+    from crossenc.training import (
+        BatchSamplers,
+        CrossEncoderDataCollator,
+        CrossEncoderTrainer,
+        CrossEncoderTrainingArguments,
+        MultiDatasetBatchSamplers,
+    )
 
     __version__: str
 
 __all__ = [
+    "BatchSamplers",
     "Candidates",
     "CheckpointError",
     "ConfigError",
     "CrossEncError",
     "CrossEncoder",
+    "CrossEncoderDataCollator",
+    "CrossEncoderModelCardData",
+    "CrossEncoderTrainer",
+    "CrossEncoderTrainingArguments",
     "InputError",
     "InputExample",
+    "MultiDatasetBatchSamplers",
     "Ranking",
     "RunConflictError",
     "ScoreError",
@@ -40,17 +55,23 @@ __all__ = [
     "rank",
 ]
 
+#: Names whose modules take seconds to import.
+_HEAVY = {
+    "BatchSamplers": "crossenc.training.samplers",
+    "CrossEncoder": "crossenc.model",
+    "CrossEncoderDataCollator": "crossenc.training.collator",
+    "CrossEncoderModelCardData": "crossenc.card",
+    "CrossEncoderTrainer": "crossenc.training.trainer",
+    "CrossEncoderTrainingArguments": "crossenc.training.arguments",
+    "InputExample": "crossenc.fitting",
+    "MultiDatasetBatchSamplers": "crossenc.training.samplers",
+}
+
 
 def __getattr__(name: str) -> Any:
     """Import on first use what takes seconds (torch) or reads files (the version)."""
-    if name == "CrossEncoder":
-        from crossenc.model import CrossEncoder
-
-        return CrossEncoder
-    if name == "InputExample":
-        from crossenc.fitting import InputExample
-
-        return InputExample
+    if name in _HEAVY:
+        return getattr(import_module(_HEAVY[name]), name)
     if name == "__version__":
         from importlib.metadata import PackageNotFoundError, version
 

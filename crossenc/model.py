@@ -316,8 +316,11 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
         scores: Tensor = self(self.preprocess(pairs, prompt))["scores"]
         return scores
 
-    def preprocess(self, inputs: Sequence[Pair], prompt: str | None = None) -> Features:
-        """Pairs as model inputs: a dict of int64 tensors [P, W] on the model's device."""
+    def preprocess(self, inputs: Sequence[Pair], prompt: str | None = None, task: str | None = None) -> Features:
+        """Pairs as model inputs: a dict of int64 tensors [P, W] on the model's device.
+
+        `task` would name one of several routes through a model; there is one here, so it changes nothing.
+        """
         queries, documents, _ = split_pairs(inputs)
         pairs = self._tokenizer.encode(queries, documents, self._prompt(prompt, None))
         return self._engine().batch_inputs(pairs, np.arange(len(pairs)))

@@ -40,13 +40,19 @@ class OldNamesMixin:
         return modality in self.modalities
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
-        """Have the transformers model compute activations again on the way back instead of keeping them."""
-        settings = None if gradient_checkpointing_kwargs is None else dict(gradient_checkpointing_kwargs)
+        """The same as `activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, **settings: Any
+    ) -> None:
+        """Have the transformers model compute activations again on the way back: slower, in less memory."""
+        chosen = None if activation_checkpointing_kwargs is None else dict(activation_checkpointing_kwargs)
         inner = _model(self).model
         if hasattr(inner, "activation_checkpointing_enable"):  # its name from transformers 5.23 on
-            inner.activation_checkpointing_enable(settings)
+            inner.activation_checkpointing_enable(chosen, **settings)
         else:
-            inner.gradient_checkpointing_enable(settings)
+            inner.gradient_checkpointing_enable(chosen)
 
     def get_default_activation_fn(self) -> Callable[[Tensor], Tensor]:
         """The activation that the checkpoint asks for, or that suits its number of labels."""

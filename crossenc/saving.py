@@ -99,7 +99,7 @@ def save_checkpoint(model: "CrossEncoder", folder: Path, create_model_card: bool
         _write_parts(model, unfinished)
         _write_settings(model, unfinished)
         if create_model_card:
-            _write_readme(model, unfinished)
+            write_readme(model, unfinished)
         if not folder.exists():
             os.replace(unfinished, folder)
             return
@@ -132,7 +132,8 @@ def _write_parts(model: "CrossEncoder", folder: Path) -> None:
             part.save(folder / place)
 
 
-def _write_readme(model: "CrossEncoder", folder: Path) -> None:
+def write_readme(model: "CrossEncoder", folder: Path) -> None:
+    """Write the model's card: the one it came with, unless it was trained or evaluated here."""
     data = model.model_card_data
     if model.readme is not None and not data.was_trained and not data.evaluations:
         (folder / "README.md").write_text(model.readme, encoding="utf-8")

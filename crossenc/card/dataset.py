@@ -13,14 +13,14 @@ STATISTICS_ROWS, SAMPLE_ROWS = 1000, 3
 
 @dataclass(frozen=True, slots=True)
 class DatasetFacts:
-    """What is shown of one dataset.
+    """What is shown of one dataset. `num_rows` is None of a stream.
 
     `columns` maps a column's name to its kind; `statistics` to lines such as "mean: 12.5 tokens". `samples` holds
     the first rows as they are.
     """
 
     name: str
-    num_rows: int
+    num_rows: int | None
     columns: Mapping[str, str]
     statistics: Mapping[str, Sequence[str]]
     num_statistics_rows: int
@@ -31,7 +31,7 @@ class DatasetFacts:
 
 def describe_dataset(
     rows: Iterable[Mapping[str, Any]],
-    num_rows: int,
+    num_rows: int | None,
     count_tokens: Callable[[Sequence[str]], Sequence[int]],
     *,
     name: str = "Unnamed dataset",
@@ -40,7 +40,7 @@ def describe_dataset(
 ) -> DatasetFacts:
     """Facts of a dataset from its first rows; `rows` may be a datasets.Dataset, or any rows as mappings.
 
-    `count_tokens` gives the number of tokens of each of several texts.
+    `num_rows` is None where nobody knows it. `count_tokens` gives the number of tokens of each of several texts.
     """
     first = list(islice(iter(rows), STATISTICS_ROWS))
     names = list(first[0]) if first else []

@@ -139,7 +139,7 @@ def _front_matter(data: CrossEncoderModelCardData, facts: ModelFacts) -> str:
     tags = list(data.tags)
     if data.was_trained:
         tags.append("generated_from_trainer")
-        if num_rows := sum(dataset.num_rows for dataset in data.training):
+        if num_rows := sum(dataset.num_rows or 0 for dataset in data.training):
             tags.append(f"dataset_size:{num_rows}")
         tags += [f"loss:{name}" for name in data.losses]
     results = _eval_results(data)

@@ -32,6 +32,7 @@ class TextLoss(torch.nn.Module):
     """A loss that is called with columns of texts, scores them with its model and compares with the labels.
 
     `required_num_labels` is the L that the model must have; None for any. Raises InputError for another model.
+    `prompt` in a call goes before every query; `task` is taken for compatibility, models here having one task.
     """
 
     required_num_labels: int | None = 1
@@ -88,7 +89,9 @@ class ListLoss(TextLoss):
         super().__init__(model, activation_fn)
         self.mini_batch_size = mini_batch_size
 
-    def forward(self, inputs: Sequence[Sequence[Any]], labels: Labels, prompt: str | None = None) -> Tensor:
+    def forward(
+        self, inputs: Sequence[Sequence[Any]], labels: Labels, prompt: str | None = None, task: str | None = None
+    ) -> Tensor:
         """The loss of `inputs`, [queries, lists of documents], and `labels`, one tensor [N] a query."""
         scores, targets, mask = self._matrices(inputs, labels, prompt)
         return self.compute(scores, targets, mask)

@@ -252,6 +252,7 @@ class LocalizedContrastiveLoss(ListLoss):
         inputs: Sequence[Sequence[Any]],
         labels: Labels | None = None,
         prompt: str | None = None,
+        task: str | None = None,
     ) -> Tensor:
         """The loss of [queries, lists of documents] and labels [N] a query, or of columns and no labels."""
         if labels is None:
@@ -259,7 +260,7 @@ class LocalizedContrastiveLoss(ListLoss):
             lists = [list(documents) for documents in zip(*columns, strict=True)]
             labels = [torch.eye(1, len(documents))[0] for documents in lists]
             inputs = [queries, lists]
-        return super().forward(inputs, labels, prompt)
+        return super().forward(inputs, labels, prompt, task)
 
     def compute(self, scores: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
         return contrastive.localized_contrastive(scores, labels, mask)

@@ -32,7 +32,9 @@ class BinaryCrossEntropyLoss(TextLoss):
         self.weight = weight
         self.reduction = reduction
 
-    def forward(self, inputs: Sequence[Column], labels: Tensor, prompt: str | None = None) -> Tensor:
+    def forward(
+        self, inputs: Sequence[Column], labels: Tensor, prompt: str | None = None, task: str | None = None
+    ) -> Tensor:
         """The loss of `inputs`, [queries, documents], and `labels` [P]."""
         pairs = self._pair_columns(inputs)
         labels = self._one_label_each(labels, len(pairs))
@@ -70,7 +72,9 @@ class CrossEntropyLoss(TextLoss):
         self.label_smoothing = label_smoothing
         self.reduction = reduction
 
-    def forward(self, inputs: Sequence[Column], labels: Tensor, prompt: str | None = None) -> Tensor:
+    def forward(
+        self, inputs: Sequence[Column], labels: Tensor, prompt: str | None = None, task: str | None = None
+    ) -> Tensor:
         """The loss of `inputs`, [queries, documents], and `labels`: classes [P] or probabilities [P, L]."""
         pairs = self._pair_columns(inputs)
         if not labels.is_floating_point():
@@ -100,7 +104,9 @@ class MSELoss(TextLoss):
         super().__init__(model, activation_fn)
         self.reduction = reduction
 
-    def forward(self, inputs: Sequence[Column], labels: Tensor, prompt: str | None = None) -> Tensor:
+    def forward(
+        self, inputs: Sequence[Column], labels: Tensor, prompt: str | None = None, task: str | None = None
+    ) -> Tensor:
         """The loss of `inputs`, [queries, documents], and `labels` [P]."""
         pairs = self._pair_columns(inputs)
         labels = self._one_label_each(labels, len(pairs))

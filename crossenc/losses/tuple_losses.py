@@ -30,7 +30,9 @@ class MarginMSELoss(TextLoss):
         super().__init__(model, activation_fn)
         self.reduction = reduction
 
-    def forward(self, inputs: Sequence[Column], labels: Labels, prompt: str | None = None) -> Tensor:
+    def forward(
+        self, inputs: Sequence[Column], labels: Labels, prompt: str | None = None, task: str | None = None
+    ) -> Tensor:
         """The loss of `inputs`, Q texts a column, and `labels` [Q], [Q, n] or [Q, n + 1]."""
         if len(inputs) < 3:
             raise InputError(f"MarginMSELoss takes columns query, positive, negative, ...; got {len(inputs)}")
@@ -84,7 +86,9 @@ class MultipleNegativesRankingLoss(TextLoss):
         self.num_negatives = num_negatives
         self.scale = scale
 
-    def forward(self, inputs: Sequence[Column], labels: Tensor | None = None, prompt: str | None = None) -> Tensor:
+    def forward(
+        self, inputs: Sequence[Column], labels: Tensor | None = None, prompt: str | None = None, task: str | None = None
+    ) -> Tensor:
         """The loss of `inputs`, Q texts a column; `labels` say nothing and are not looked at."""
         return self._loss_of(self._logits(self._pairs(inputs), prompt), len(inputs[0]))
 
@@ -151,7 +155,9 @@ class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
         self.mini_batch_size = mini_batch_size
         self.show_progress_bar = show_progress_bar
 
-    def forward(self, inputs: Sequence[Column], labels: Tensor | None = None, prompt: str | None = None) -> Tensor:
+    def forward(
+        self, inputs: Sequence[Column], labels: Tensor | None = None, prompt: str | None = None, task: str | None = None
+    ) -> Tensor:
         """The loss of `inputs`, Q texts a column; `labels` say nothing and are not looked at."""
         pairs = self._pairs(inputs)
         parts: Iterable[list[Pair]] = [

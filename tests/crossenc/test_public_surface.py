@@ -12,13 +12,19 @@ ROOT = Path(__file__).parents[2]
 def test_the_public_names_are_these() -> None:
     assert crossenc.__all__ == sorted(crossenc.__all__)
     assert crossenc.__all__ == [
+        "BatchSamplers",
         "Candidates",
         "CheckpointError",
         "ConfigError",
         "CrossEncError",
         "CrossEncoder",
+        "CrossEncoderDataCollator",
+        "CrossEncoderModelCardData",
+        "CrossEncoderTrainer",
+        "CrossEncoderTrainingArguments",
         "InputError",
         "InputExample",
+        "MultiDatasetBatchSamplers",
         "Ranking",
         "RunConflictError",
         "ScoreError",

@@ -18,9 +18,12 @@ import torch
 from crossenc.testing import tiny_checkpoint
 
 HEAD = """
+import contextlib, io
 from torch.utils.data import DataLoader
 from torch import nn
 import torch
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+TIMINGS = ("runtime", "per_second", "preparation_time", "total_flos")
 """
 
 PROGRAMS = {
@@ -109,6 +112,125 @@ PROGRAMS = {
         model = CrossEncoder("model", prompts={"web": "the city "}, default_prompt_name="web")
         print(*model.predict([("water", "river")]), *model.predict([("water", "river")], prompt="of music "))
         print([rank["corpus_id"] for rank in model.rank("water", ["river", "stone", "bread"], prompt_name="web")])
+    """,
+    "a trainer with its arguments, data and evaluator": """
+        from datasets import Dataset
+        from sentence_transformers.cross_encoder import (
+            CrossEncoder,
+            CrossEncoderModelCardData,
+            CrossEncoderTrainer,
+            CrossEncoderTrainingArguments,
+        )
+        from sentence_transformers.cross_encoder.evaluation import CrossEncoderClassificationEvaluator
+        from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
+        card = CrossEncoderModelCardData(language="en", license="apache-2.0", model_name="A reranker")
+        model = CrossEncoder("model", num_labels=1, device="cpu", config_kwargs=NO_DROPOUT, model_card_data=card)
+        words = ["water", "river", "bread", "stone", "city", "train", "fever", "heart"]
+        rows = {
+            "question": [words[i % 8] for i in range(40)],
+            "answer": [words[i * 3 % 8] for i in range(40)],
+            "label": [float(i % 3 == 0) for i in range(40)],
+        }
+        train_dataset, eval_dataset = Dataset.from_dict(rows), Dataset.from_dict(rows).select(range(8))
+        loss = BinaryCrossEntropyLoss(model=model, pos_weight=torch.tensor(2.0))
+        pairs = list(zip(eval_dataset["question"], eval_dataset["answer"]))
+        evaluator = CrossEncoderClassificationEvaluator(pairs, [int(x) for x in eval_dataset["label"]], name="dev")
+        evaluator(model)
+        args = CrossEncoderTrainingArguments(
+            output_dir="trained",
+            num_train_epochs=2,
+            per_device_train_batch_size=8,
+            per_device_eval_batch_size=8,
+            learning_rate=1e-3,
+            warmup_ratio=0.1,
+            bf16=False,
+            seed=12,
+            eval_strategy="steps",
+            eval_steps=5,
+            save_strategy="steps",
+            save_steps=5,
+            save_total_limit=2,
+            logging_steps=5,
+            run_name="reranker",
+            load_best_model_at_end=True,
+            metric_for_best_model="eval_dev_average_precision",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        trainer = CrossEncoderTrainer(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            loss=loss,
+            evaluator=evaluator,
+        )
+        with contextlib.redirect_stdout(io.StringIO()):
+            trainer.train()
+        for entry in trainer.state.log_history:
+            print(*(f"{k} {float(v)}" for k, v in sorted(entry.items()) if not k.endswith(TIMINGS)))
+        print(trainer.state.best_global_step, float(evaluator(model)["dev_average_precision"]))
+        model.save_pretrained("trained/final")
+        print(float(CrossEncoder("trained/final").predict(("water", "river"))))
+    """,
+    "several datasets with a loss each": """
+        from datasets import Dataset, DatasetDict
+        from sentence_transformers.cross_encoder import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments
+        from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss, MSELoss
+        model = CrossEncoder("model", device="cpu", config_kwargs=NO_DROPOUT)
+        pairs = Dataset.from_dict({"a": ["water", "bread"] * 8, "b": ["river", "music"] * 8, "label": [1, 0] * 8})
+        scored = Dataset.from_dict({"a": ["city"] * 6, "b": ["train", "stone"] * 3, "score": [0.9, 0.1] * 3})
+        losses = {"pairs": BinaryCrossEntropyLoss(model), "scored": MSELoss(model)}
+        args = CrossEncoderTrainingArguments(
+            "several",
+            num_train_epochs=1,
+            per_device_train_batch_size=2,
+            multi_dataset_batch_sampler="round_robin",
+            prompts={"pairs": "what is ", "scored": "how is "},
+            learning_rate=1e-3,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        data = DatasetDict({"pairs": pairs, "scored": scored})
+        trainer = CrossEncoderTrainer(model, args, data, data, losses)
+        with contextlib.redirect_stdout(io.StringIO()):
+            trainer.train()
+            found = trainer.evaluate()
+        print(trainer.state.global_step, found["eval_pairs_loss"], found["eval_scored_loss"])
+        print(*model.predict([("water", "river"), ("city", "stone")]).astype(float))
+    """,
+    "a model and a loss of lists that the trainer makes": """
+        from datasets import Dataset
+        from sentence_transformers.cross_encoder import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments
+        from sentence_transformers.cross_encoder.losses import ListNetLoss
+        rows = {
+            "query": ["water", "bread", "city", "fever"] * 2,
+            "docs": [["river", "music", "stone"], ["paper", "bread"], ["train", "city"], ["heart", "doctor"]] * 2,
+            "labels": [[1, 0, 0], [0, 1], [1, 0], [0, 1]] * 2,
+        }
+        args = CrossEncoderTrainingArguments(
+            output_dir="lists",
+            max_steps=4,
+            per_device_train_batch_size=2,
+            learning_rate=1e-2,
+            optim="sgd",
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        trainer = CrossEncoderTrainer(
+            args=args,
+            train_dataset=Dataset.from_dict(rows),
+            loss=lambda model: ListNetLoss(model),
+            model_init=lambda: CrossEncoder("model", device="cpu", config_kwargs=dict(NO_DROPOUT)),
+        )
+        with contextlib.redirect_stdout(io.StringIO()):
+            trainer.train()
+        print(*trainer.model.predict([("water", "river"), ("city", "stone")]).astype(float))
     """,
     "half precision and torch.compile": """
         from sentence_transformers import CrossEncoder
