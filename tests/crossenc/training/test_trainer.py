@@ -509,7 +509,7 @@ def test_arguments_that_have_no_effect_or_an_old_name_warn(tmp_path: Path) -> No
         CrossEncoderTrainer(model, arguments(tmp_path), compute_metrics=lambda prediction: {})
     with pytest.warns(UserWarning, match="train_sampling_strategy has no effect: choose a batch_sampler"):
         CrossEncoderTrainer(model, arguments(tmp_path, train_sampling_strategy="sequential"))
-    with pytest.warns(DeprecationWarning, match="'tokenizer' of .* is deprecated: write 'processing_class'"):
+    with pytest.warns(DeprecationWarning, match="`tokenizer` argument was renamed .*: write `processing_class`"):
         trainer = CrossEncoderTrainer(model, arguments(tmp_path), tokenizer=model.tokenizer)  # type: ignore[call-arg]
     assert trainer.processing_class is model.tokenizer
 
