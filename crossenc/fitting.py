@@ -127,11 +127,16 @@ def fit(
 
     `loss` maps a batch to a scalar. After each epoch, and each `evaluation_steps`, `evaluator` is called and
     `callback(value, epoch, step)` told; the best model by it is saved to `output_path`, or without an evaluator the
-    last one. Raises ScoreError when the loss is not finite, InputError when there are no batches.
+    last one. Raises ScoreError when the loss is not finite, InputError when there are no batches, ConfigError when all
+    weights are frozen.
     """
     num_batches = len(batches)  # type: ignore[arg-type]
     if num_batches == 0:
         raise InputError("there is nothing to train on: the data loader gives no batches")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            "all weights are frozen: load the adapter with is_trainable=True, add a new one, or call requires_grad_()"
+        )
     optimizer = settings.optimizer_class(_parameter_groups(model, settings.weight_decay), **settings.optimizer_params)
     schedule = _schedule(settings, optimizer, num_batches * settings.epochs)
     keeper = _BestKeeper(model, settings, evaluator, callback)

@@ -26,6 +26,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from crossenc.activations import named_activation
+from crossenc.adapters import put_saved_adapter
 from crossenc.checkpoint import read_json
 from crossenc.errors import CheckpointError, ConfigError
 from crossenc.modules import PARTS, Dense, LogitScore, Transformer
@@ -130,6 +131,7 @@ def load_parts(
     folder: str | Path,
     layout: Layout,
     *,
+    base: Path | None = None,
     num_labels: int | None = None,
     dtype: torch.dtype,
     config_settings: Mapping[str, Any] | None = None,
@@ -138,22 +140,30 @@ def load_parts(
 ) -> "LoadedParts":
     """The parts of the model on the CPU, in eval mode; the last one gives "scores".
 
-    `num_labels` overrides what the checkpoint states; `config_settings` and `model_settings` go to transformers.
-    With `new_head_allowed` a backbone without a head gets a random one, to be trained.
+    `base` is the folder of the model that `folder` is an adapter of, if it is one. `num_labels` overrides what the
+    checkpoint states; `config_settings` and `model_settings` go to transformers. With `new_head_allowed` a backbone
+    without a head gets a random one, to be trained.
     Raises CheckpointError when a weight is missing, has another shape than its configuration says or is not finite
     in `dtype`.
     """
     folder = Path(folder)
-    config = load_config(folder, config_settings)
+    config = load_config(base or folder, config_settings)
     if num_labels is not None and layout.task == "sequence-classification":
         config.num_labels = num_labels
-    model, missing = load_model(folder, config, layout.task, dtype, model_settings)
-    if missing and not (new_head_allowed and _is_head(missing, model)):
+    model, missing = load_model(base or folder, config, layout.task, dtype, model_settings)
+    base_lacks_head = bool(missing)
+    if base is not None:
+        with quiet_transformers():
+            missing = put_saved_adapter(model, folder, missing)
+        _check_finite(model, folder)
+    if missing and not (new_head_allowed and _is_head(missing, model) and not _claims_head(config)):
         raise CheckpointError(
             f"{folder} lacks {', '.join(missing[:5])}: it is not a trained cross-encoder; train its head first"
         )
     parts: list[nn.Module] = [Transformer(model, layout.task)]
-    parts += [PARTS[kind].load(folder / place).to(dtype) for kind, place in layout.parts]
+    for kind, place in layout.parts:
+        parts.append(PARTS[kind].load(folder / place).to(dtype))
+        _check_finite(parts[-1], folder / place)
     if layout.is_causal and not layout.parts:
         parts.append(_yes_or_no(folder))
     if layout.task == "feature-extraction" and not (
@@ -163,20 +173,26 @@ def load_parts(
     found = num_labels_of(parts)
     if num_labels is not None and found != num_labels:
         raise CheckpointError(f"{folder} gives {found} scores a pair, not {num_labels}: leave num_labels out")
-    return LoadedParts([part.eval() for part in parts], bool(missing))
+    return LoadedParts([part.eval() for part in parts], bool(missing), base_lacks_head)
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedParts:
-    """A model's parts, and whether its head is random."""
+    """A model's parts, whether its head is random, and whether it would be without the adapter."""
 
     parts: list[nn.Module]
     head_is_new: bool
+    base_lacks_head: bool
 
 
 def _is_head(missing: list[str], model: PreTrainedModel) -> bool:
     """Whether every one of the weights `missing` lies outside of the backbone."""
     return not any(name.startswith(f"{model.base_model_prefix}.") for name in missing)
+
+
+def _claims_head(config: PretrainedConfig) -> bool:
+    """Whether the checkpoint says that it has a head for classification."""
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
 
 
 def read_num_labels(folder: str | Path, layout: Layout) -> int:
@@ -215,7 +231,7 @@ def load_config(folder: str | Path, settings: Mapping[str, Any] | None = None) -
     """Read config.json. Raises CheckpointError when transformers has no class of its own for it."""
     try:
         with quiet_transformers():
-            return AutoConfig.from_pretrained(
+            config: PretrainedConfig = AutoConfig.from_pretrained(
                 str(folder), trust_remote_code=False, local_files_only=True, **(settings or {})
             )
     except Exception as error:
@@ -223,6 +239,9 @@ def load_config(folder: str | Path, settings: Mapping[str, Any] | None = None) -
             f"{folder}/config.json is not of a model that transformers itself knows, and code that comes "
             f"with a checkpoint is never run: {error}"
         ) from error
+    if not _claims_head(config) and "num_labels" not in (settings or {}):
+        config.num_labels = 1  # what a new head of a cross-encoder has
+    return config
 
 
 def load_model(
@@ -259,14 +278,18 @@ def load_model(
         )
     unused = _UNUSED_WEIGHTS if task == "feature-extraction" else "\0"
     missing = sorted(name for name in info["missing_keys"] if not name.startswith(unused))
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(
-                f"{name} of {folder} has weights that are NaN or infinite in {dtype}: "
-                "load it in float32 or bfloat16, or use an earlier checkpoint of the training run"
-            )
+    _check_finite(model, folder)
     model.eval()
     return model, missing
+
+
+def _check_finite(part: nn.Module, folder: str | Path) -> None:
+    for name, tensor in part.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(
+                f"{name} of {folder} has weights that are NaN or infinite in {tensor.dtype}: "
+                "load it in float32 or bfloat16, or use an earlier checkpoint of the training run"
+            )
 
 
 def resolve_activation(layout: Layout, num_labels: int) -> nn.Module:

@@ -17,10 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from crossenc.adapters import AdapterMixin
+from crossenc.adapters import AdapterMixin, has_adapters
 from crossenc.card import CrossEncoderModelCardData
 from crossenc.chat import ChatTokenizer
-from crossenc.checkpoint import fetch
+from crossenc.checkpoint import fetch, fetch_base
 from crossenc.deprecation import accepts_old_arguments
 from crossenc.engine import Activation, Engine, default_batch_tokens, default_device
 from crossenc.errors import CheckpointError, ConfigError, InputError
@@ -113,17 +113,14 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, SaveMixin):
         if modules is not None:
             source = source_of_modules(modules)
         else:
-            folder = fetch(
-                model_name_or_path,  # type: ignore[arg-type]  # one of the two is given
-                revision=revision,
-                cache_dir=cache_folder,
-                storage_options=storage_options,
-                token=token,
-                local_files_only=local_files_only,
-            )
+            places: dict[str, Any] = {"cache_dir": cache_folder, "storage_options": storage_options}
+            places |= {"token": token, "local_files_only": local_files_only}
+            folder = fetch(model_name_or_path, revision=revision, adapter_allowed=True, **places)  # type: ignore[arg-type]  # one of the two is given
             source = source_of_folder(
                 folder,
                 str(model_name_or_path),
+                revision,
+                base=fetch_base(folder, **places),
                 num_labels=stated_labels if num_labels is None else num_labels,
                 dtype=resolve_dtype(stated_dtype if dtype is None else dtype),
                 config_settings=config_settings,
@@ -211,6 +208,21 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, SaveMixin):
     def head_is_new(self) -> bool:
         """Whether the head is still random: true of a backbone that became a cross-encoder and was not trained yet."""
         return self._source.head_is_new
+
+    @property
+    def base_lacks_head(self) -> bool:
+        """Whether only an adapter holds the head that was trained."""
+        return self._source.base_lacks_head
+
+    @property
+    def base_location(self) -> tuple[str, str | None] | None:
+        """Where the transformers model came from, and its revision on the hub; None once its own weights changed."""
+        return self._source.location
+
+    def mark_merged(self) -> None:
+        """Say that the adapters became part of the model's own weights: called by whoever merged them."""
+        self._source.base_lacks_head = False
+        self._source.location = None
 
     @property
     def readme(self) -> str | None:
@@ -462,6 +474,9 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, SaveMixin):
     def mark_trained(self) -> None:
         """Say that the head is not random any more: called by whoever trained it."""
         self._source.head_is_new = False
+        if not has_adapters(self.model):
+            self._source.base_lacks_head = False
+            self._source.location = None
 
     def evaluate(self, evaluator: Callable[..., Any], output_path: str | None = None) -> Any:
         """What `evaluator(model, output_path)` returns."""

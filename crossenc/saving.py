@@ -21,7 +21,9 @@ import torch
 from huggingface_hub import HfApi
 
 from crossenc.activations import activation_name
+from crossenc.adapters import has_adapters, save_adapter
 from crossenc.card import ModelFacts, write_card
+from crossenc.checkpoint import ADAPTER_FILE
 from crossenc.deprecation import accepts_old_arguments
 from crossenc.loading import MODULES_FILE, OWN_SETTINGS_FILE, TRANSFORMER_FILE, quiet_transformers
 from crossenc.modules import Part, Transformer
@@ -46,6 +48,7 @@ class SaveMixin:
     ) -> None:
         """Write a checkpoint folder that this library, sentence-transformers 4 to 6 and transformers load.
 
+        Of a model with an adapter the adapter in use is written, without the base model, which its file names.
         With `create_model_card` a README.md is among it: the one that the checkpoint came with, unless the model was
         trained here. `model_name` and `train_datasets` (hub ids) are for the card.
 
@@ -103,7 +106,8 @@ def save_checkpoint(model: "CrossEncoder", folder: Path, create_model_card: bool
         if not folder.exists():
             os.replace(unfinished, folder)
             return
-        (folder / MODULES_FILE).unlink(missing_ok=True)
+        for name in (MODULES_FILE, "config.json", ADAPTER_FILE):  # a whole model has no adapter, an adapter no config
+            (folder / name).unlink(missing_ok=True)
         for stale in folder.glob("*.safetensors*"):
             stale.unlink()
         files = [path for path in unfinished.rglob("*") if path.is_file()]
@@ -127,7 +131,10 @@ def _write_parts(model: "CrossEncoder", folder: Path) -> None:
     stated, tokenizer.model_max_length = tokenizer.model_max_length, model.max_length
     try:
         with quiet_transformers():
-            model.model.save_pretrained(str(folder))
+            if has_adapters(model.model):
+                save_adapter(model, folder)
+            else:
+                model.model.save_pretrained(str(folder))
             tokenizer.save_pretrained(str(folder))
     finally:
         tokenizer.model_max_length = stated

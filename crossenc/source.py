@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from crossenc.checkpoint import ADAPTER_FILE, read_json
 from crossenc.errors import ConfigError
-from crossenc.loading import Layout, load_parts, read_layout
+from crossenc.loading import Layout, load_config, load_parts, read_layout
 from crossenc.modules import Transformer
 from crossenc.tokenizer import load_fast_tokenizer
 
@@ -22,7 +23,9 @@ class ModelSource:
     """What a model was put together from.
 
     `name` is the hub id, or of a folder or URI its last part: enough to know it by, and nothing of the machine.
-    `readme` is the card of a local folder.
+    `readme` is the card of a local folder. `base_lacks_head` is whether the head would be random without adapters.
+    `location` is where the transformers model came from, a folder, URI or hub id, and its revision: what an adapter
+    names as its base. It is None once the weights are others.
     """
 
     name: str | None
@@ -31,12 +34,16 @@ class ModelSource:
     tokenizer: PreTrainedTokenizerFast
     head_is_new: bool
     readme: str | None = None
+    base_lacks_head: bool = False
+    location: tuple[str, str | None] | None = None
 
 
-def source_of_folder(
+def source_of_folder(  # noqa: PLR0913
     folder: Path,
     given: str,
+    revision: str | None,
     *,
+    base: Path | None = None,
     num_labels: int | None,
     dtype: torch.dtype,
     config_settings: Mapping[str, Any],
@@ -45,12 +52,15 @@ def source_of_folder(
 ) -> ModelSource:
     """Load the local folder of the checkpoint that a user gave as `given`; a head that it lacks is made new.
 
+    `revision` is the hub's, if one was given. `base` is the folder of the base model where the checkpoint is an
+    adapter.
     Raises CheckpointError as `load_parts` does.
     """
-    layout = read_layout(folder)
+    layout = read_layout(folder, load_config(base or folder))
     loaded = load_parts(
         folder,
         layout,
+        base=base,
         num_labels=num_labels,
         dtype=dtype,
         config_settings=config_settings,
@@ -59,10 +69,19 @@ def source_of_folder(
     )
     tokenizer = load_fast_tokenizer(folder, processor_settings)
     is_hub_id = "://" not in given and not Path(given).expanduser().is_dir()
-    name = given.partition("@")[0] if is_hub_id else given.rstrip("/").rpartition("/")[2]
+    name, _, suffix = given.partition("@") if is_hub_id else (given.rstrip("/").rpartition("/")[2], "", "")
+    if base is not None:
+        adapter = read_json(folder / ADAPTER_FILE)
+        location = (adapter["base_model_name_or_path"], adapter.get("revision"))
+    elif is_hub_id:
+        location = (name, revision or suffix or None)
+    else:
+        location = (given if "://" in given else str(folder), None)
     card = folder / "README.md"
     readme = card.read_text(encoding="utf-8") if card.exists() else None
-    return ModelSource(name, loaded.parts, layout, tokenizer, loaded.head_is_new, readme)
+    return ModelSource(
+        name, loaded.parts, layout, tokenizer, loaded.head_is_new, readme, loaded.base_lacks_head, location
+    )
 
 
 def source_of_modules(modules: Iterable[nn.Module] | Mapping[str, nn.Module]) -> ModelSource:
@@ -71,7 +90,10 @@ def source_of_modules(modules: Iterable[nn.Module] | Mapping[str, nn.Module]) ->
     if not parts or not isinstance(parts[0], Transformer) or parts[0].tokenizer is None:
         raise ConfigError("the first of the modules must be a Transformer that has its tokenizer")
     layout = Layout(parts[0].task, tuple((type(part).__name__, "") for part in parts[1:]))
-    return ModelSource(None, parts, layout, parts[0].tokenizer, head_is_new=False)
+    place = getattr(parts[0].model, "name_or_path", "")
+    return ModelSource(
+        None, parts, layout, parts[0].tokenizer, head_is_new=False, location=(place, None) if place else None
+    )
 
 
 def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
