@@ -81,10 +81,16 @@ class AdapterMixin:
         return weights
 
     def delete_adapter(self, adapter_names: list[str] | str) -> None:
-        """Remove adapters. Raises ConfigError where the model's own weights have no trained head."""
+        """Remove adapters; after the last one the model's own weights are trained and saved again.
+
+        Raises ConfigError where these have no trained head.
+        """
         check_peft()
         self._check_base_head()
-        self.transformers_model.delete_adapter(adapter_names)
+        model = self.transformers_model
+        model.delete_adapter(adapter_names)
+        if not has_adapters(model):
+            _take_out(model, merge=False)
 
     def merge_adapters(self) -> None:
         """Add the adapters in use to the model's own weights and remove them all: the scores stay, to rounding.
@@ -95,8 +101,9 @@ class AdapterMixin:
         model = self.transformers_model
         if not has_adapters(model):
             raise ConfigError("the model has no adapter to merge: add or load one first")
-        _merge(model)
-        model.requires_grad_(True)
+        _take_out(model, merge=True)
+        del model.peft_config
+        model._hf_peft_config_loaded = False
         cast("CrossEncoder", self).mark_merged()
 
     def _check_base_head(self) -> None:
@@ -186,7 +193,8 @@ def _load(model: PreTrainedModel, place: str | Path, name: str | None = None, **
     return info
 
 
-def _merge(model: PreTrainedModel) -> None:
+def _take_out(model: PreTrainedModel, merge: bool) -> None:
+    """Put a model's own layers back where those of adapters stand, with the adapters in use added if `merge`."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -196,11 +204,13 @@ def _merge(model: PreTrainedModel) -> None:
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
     ]
     for name, module in wrapped:
-        if isinstance(module, AuxiliaryTrainingWrapper):
+        if isinstance(module, BaseTunerLayer):
+            if merge:
+                module.merge(safe_merge=True)
+            plain = module.get_base_layer()
+        elif merge:
             plain = module.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
         else:
-            module.merge(safe_merge=True)
-            plain = module.get_base_layer()
+            plain = module.original_module
         model.set_submodule(name, plain)
-    del model.peft_config
-    model._hf_peft_config_loaded = False
+    model.requires_grad_(True)

@@ -121,8 +121,8 @@ def test_adapters_are_switched_listed_and_deleted(base: Path, adapter: Path, tmp
     weights = model.get_adapter_state_dict()
     assert len(weights) == 8 and {tuple(w.shape) for w in weights.values()} == {(4, 32), (32, 4)}
     assert {tuple(w.shape) for w in model.get_adapter_state_dict("second").values()} == {(2, 32), (32, 2)}
-    model.delete_adapter("default")
     model.delete_adapter("second")
+    model.delete_adapter("default")
     assert_same(model.predict(PAIRS), plain)
     model.save_pretrained(tmp_path / "saved")
     assert_same(layouts.reference(tmp_path / "saved").predict(PAIRS), plain)
