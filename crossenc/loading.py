@@ -148,7 +148,8 @@ def load_parts(
     """
     folder = Path(folder)
     config = load_config(base or folder, config_settings)
-    if num_labels is not None and layout.task == "sequence-classification":
+    is_classifier = layout.task == "sequence-classification"
+    if num_labels is not None and is_classifier:
         config.num_labels = num_labels
     model, missing = load_model(base or folder, config, layout.task, dtype, model_settings)
     base_lacks_head = bool(missing)
@@ -156,7 +157,8 @@ def load_parts(
         with quiet_transformers():
             missing = put_saved_adapter(model, folder, missing)
         _check_finite(model, folder)
-    if missing and not (new_head_allowed and _is_head(missing, model) and not _claims_head(config)):
+    may_lack_head = new_head_allowed and is_classifier and not _claims_head(config)
+    if missing and not (may_lack_head and _is_head(missing, model)):
         raise CheckpointError(
             f"{folder} lacks {', '.join(missing[:5])}: it is not a trained cross-encoder; train its head first"
         )

@@ -202,7 +202,10 @@ def test_the_old_name_of_pushing_works_and_warns(model: CrossEncoder, hub: type[
         model.save_to_hub("reranker", "me", "secret", True, commit_message="old")
     assert CALLS["create"][0] == "me/reranker" and CALLS["create"][1]["private"]
     assert (CALLS["token"], CALLS["upload"]["commit_message"]) == ("secret", "old")
-    with pytest.warns(DeprecationWarning, match="repo_name"), pytest.warns(DeprecationWarning, match="call push_to_hub"):
+    with (
+        pytest.warns(DeprecationWarning, match="repo_name"),
+        pytest.warns(DeprecationWarning, match="call push_to_hub"),
+    ):
         model.save_to_hub(repo_name="me/reranker")
     assert CALLS["create"][0] == "me/reranker"
     with pytest.warns(DeprecationWarning), pytest.raises(ConfigError, match="not of the organization you"):
