@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any
 
 from crossenc.card.data import CrossEncoderModelCardData
@@ -43,11 +42,11 @@ def describe_emissions(measured: Any) -> dict[str, Any]:
 
 def _start() -> Any:
     """A running tracker, None where there is none."""
-    if find_spec("codecarbon") is None:
-        return None
     try:
         from codecarbon import EmissionsTracker
-
+    except ImportError:
+        return None
+    try:
         tracker = EmissionsTracker(save_to_file=False, log_level="error")
         tracker.start()
     except Exception:  # a card must never cost a model
