@@ -10,10 +10,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from crossenc.checkpoint import ADAPTER_FILE
+from crossenc.checkpoint import ADAPTER_FILE, fetch
 from crossenc.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -47,10 +48,30 @@ class AdapterMixin:
                 )
         model.add_adapter(adapter_config, adapter_name)
 
-    def load_adapter(self, peft_model_id: str | Path, adapter_name: str | None = None, **settings: Any) -> None:
-        """Load a saved adapter from a local folder or the hub, and use it; `is_trainable` to train it further."""
+    def load_adapter(
+        self, peft_model_id: str | Path | None = None, adapter_name: str | None = None, **settings: Any
+    ) -> None:
+        """Load a saved adapter and use it; with `is_trainable` it can be trained further.
+
+        `peft_model_id` is a folder, a URI or a hub id, as `crossenc.checkpoint.fetch` takes it, with its errors; other
+        settings go to transformers. Raises CheckpointError where the adapter does not fit, and is then not loaded.
+        """
         check_peft()
-        _load(self.transformers_model, peft_model_id, adapter_name, **settings)
+        model = self.transformers_model
+        if peft_model_id is None:  # its weights are among the settings
+            _load(model, None, adapter_name, **settings)
+            return
+        hub = dict(settings.pop("adapter_kwargs", None) or {})
+        folder = fetch(
+            peft_model_id,
+            revision=hub.get("revision"),
+            token=hub.get("token"),
+            local_files_only=settings.pop("local_files_only", False),
+            adapter_allowed=True,
+        )
+        if not (folder / ADAPTER_FILE).exists():
+            raise CheckpointError(f"{folder} has no {ADAPTER_FILE}: it is a whole model, not an adapter")
+        put_saved_adapter(model, folder, (), adapter_name or "default", **settings)
 
     def set_adapter(self, adapter_name: str | list[str]) -> None:
         """Use this adapter from now on."""
@@ -152,40 +173,57 @@ def has_own(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
-def put_saved_adapter(model: PreTrainedModel, folder: Path, missing: Iterable[str]) -> list[str]:
+def put_saved_adapter(
+    model: PreTrainedModel, folder: Path, missing: Iterable[str], name: str = "default", **settings: Any
+) -> list[str]:
     """Put the adapter of a checked local folder on its base model; which of `missing` weights it did not bring.
 
-    Raises CheckpointError where it does not fit the model, ImportError where peft is missing.
+    Raises CheckpointError where it does not fit the model, which then stays as it was; ImportError where peft is
+    missing, ConfigError where there is an adapter of that name.
     """
     check_peft()
+    if has_adapters(model) and name in model.peft_config and not settings.get("hotswap"):
+        raise ConfigError(f"there is an adapter {name!r} already: give this one another adapter_name")
+    settings |= {"use_safetensors": True, "ignore_mismatched_sizes": True}  # what differs in size is refused below
     try:
-        info = _load(
-            model,
-            folder,
-            adapter_kwargs={"local_files_only": True},
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are reported in `info`, and refused below
-        )
+        info = _load(model, folder, name, adapter_kwargs={"local_files_only": True}, **settings)
+        _check_fit(model, folder, info)
     except Exception as error:  # each kind of adapter has errors of its own
+        _drop(model, name)
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"the adapter in {folder} does not load: {error}") from error
-    lost = sorted(info.missing_keys)
-    mismatched = sorted(name for name, *_ in info.mismatched_keys)
-    if lost or mismatched or info.unexpected_keys:
+    mark = f".modules_to_save.{name}"
+    brought = {weight.replace(mark, "") for weight in model.state_dict() if mark in weight}
+    return [weight for weight in missing if weight not in brought]
+
+
+def _check_fit(model: PreTrainedModel, folder: Path, info: Any) -> None:
+    lost, surplus = sorted(info.missing_keys)[:3], sorted(info.unexpected_keys)[:3]
+    mismatched = sorted(weight for weight, *_ in info.mismatched_keys)[:3]
+    if lost or mismatched or surplus:
         raise CheckpointError(
-            f"the adapter in {folder} does not fit its base model: it"
-            f" lacks {lost[:3]}, has another shape for {mismatched[:3]} and too many of"
-            f" {sorted(info.unexpected_keys)[:3]}; give the base that it was trained on"
+            f"the adapter in {folder} does not fit its base model: it lacks {lost}, has another shape for {mismatched}"
+            f" and too many of {surplus}; give the base that it was trained on"
         )
-    brought = {
-        name.replace(".modules_to_save.default", "") for name in model.state_dict() if ".modules_to_save." in name
-    }
-    return [name for name in missing if name not in brought]
+    for weight, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{weight} of the adapter in {folder} is NaN or infinite: use another checkpoint")
 
 
-def _load(model: PreTrainedModel, place: str | Path, name: str | None = None, **settings: Any) -> Any:
+def _drop(model: PreTrainedModel, name: str) -> None:
+    """Take out an adapter that was put on the model in part."""
+    if has_adapters(model) and name in getattr(model, "peft_config", {}):
+        model.delete_adapter(name)
+    if not getattr(model, "peft_config", {}):
+        _take_out(model, merge=False)
+        model._hf_peft_config_loaded = False
+
+
+def _load(model: PreTrainedModel, place: Path | None, name: str | None = None, **settings: Any) -> Any:
     """transformers' `load_adapter`, without the names of the adapter's weights staying those of the whole model's."""
     renamings = vars(model).get("_weight_conversions")
-    info = model.load_adapter(str(place), name, **settings)
+    info = model.load_adapter(None if place is None else str(place), name, **settings)
     if renamings is not None:
         model._weight_conversions = renamings
     else:

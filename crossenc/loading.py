@@ -156,7 +156,6 @@ def load_parts(
     if base is not None:
         with quiet_transformers():
             missing = put_saved_adapter(model, folder, missing)
-        _check_finite(model, folder)
     may_lack_head = new_head_allowed and is_classifier and not _claims_head(config)
     if missing and not (may_lack_head and _is_head(missing, model)):
         raise CheckpointError(

@@ -306,6 +306,25 @@ def test_an_adapter_that_could_run_code_is_refused(copied: Path) -> None:
         CrossEncoder(copied)
 
 
+def test_an_adapter_that_is_refused_leaves_the_model_as_it_was(base: Path, copied: Path, adapter: Path) -> None:
+    model = CrossEncoder(base, device="cpu")
+    expected, names = model.predict(PAIRS), list(model.state_dict())
+    edit_json(copied / "adapter_config.json", r=8)
+    for place, what in ((copied, "another shape for"), (base, "a whole model, not an adapter")):
+        with pytest.raises(CheckpointError, match=what):
+            model.load_adapter(place)
+        assert list(model.state_dict()) == names
+        np.testing.assert_array_equal(model.predict(PAIRS), expected)
+    (copied / "adapter_model.safetensors").rename(copied / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match=r"has no adapter_model.safetensors"):
+        model.load_adapter(copied)
+    model.load_adapter(adapter)
+    adapted = model.predict(PAIRS)
+    with pytest.raises(ConfigError, match="an adapter 'default' already"):
+        model.load_adapter(adapter)
+    np.testing.assert_array_equal(model.predict(PAIRS), adapted)
+
+
 def test_a_folder_with_a_model_and_an_adapter_is_refused(copied: Path, base: Path) -> None:
     shutil.copy(base / "model.safetensors", copied)
     with pytest.raises(CheckpointError, match=r"holds an adapter and also model.safetensors: keep them in two"):
