@@ -4,8 +4,10 @@ from torch import nn
 
 from crossenc.errors import ConfigError
 
-#: By class name in torch.nn: elementwise, without arguments.
-_KNOWN = {
+#: By class name in torch.nn: over the labels of a pair.
+_OVER_LABELS = ("LogSoftmax", "Softmax")
+#: The same: elementwise, without arguments.
+_ELEMENTWISE = {
     *("ELU", "GELU", "Hardsigmoid", "Hardtanh", "Identity", "LeakyReLU", "LogSigmoid", "ReLU", "SELU"),
     *("SiLU", "Sigmoid", "Softplus", "Softsign", "Tanh"),
 }
@@ -14,13 +16,14 @@ _KNOWN = {
 def named_activation(name: str) -> nn.Module:
     """The activation of a full name such as "torch.nn.modules.activation.Sigmoid".
 
-    Raises ConfigError for anything but an elementwise activation of torch.nn.
+    Raises ConfigError for anything but an elementwise activation or a softmax of torch.nn.
     """
     module, _, kind = str(name).rpartition(".")
-    if (module == "torch.nn" or module.startswith("torch.nn.modules.")) and kind in _KNOWN:
-        activation: nn.Module = getattr(nn, kind)()
+    known = {*_ELEMENTWISE, *_OVER_LABELS}
+    if (module == "torch.nn" or module.startswith("torch.nn.modules.")) and kind in known:
+        activation: nn.Module = getattr(nn, kind)(**({"dim": -1} if kind in _OVER_LABELS else {}))
         return activation
-    raise ConfigError(f"activation {name!r} is not one of torch.nn's {', '.join(sorted(_KNOWN))}")
+    raise ConfigError(f"activation {name!r} is not one of torch.nn's {', '.join(sorted(known))}")
 
 
 def activation_name(activation: object) -> str:

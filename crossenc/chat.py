@@ -27,8 +27,6 @@ class ChatTokenizer:
     `prompt` is the system message where a call gives none; `template_settings` go to the template.
     """
 
-    padding_side = "left"
-
     def __init__(
         self,
         tokenizer: "PreTrainedTokenizerFast",
@@ -36,29 +34,41 @@ class ChatTokenizer:
         prompt: str = "",
         template_settings: Mapping[str, Any] | None = None,
     ) -> None:
-        """Raises CheckpointError when the template leaves the query or the document out, or nothing can pad."""
+        """Raises CheckpointError when nothing can pad."""
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         if pad is None:
             raise CheckpointError("the tokenizer cannot pad: set pad_token in tokenizer_config.json")
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.pad_token_id = int(pad)
+        self.padding_side = str(tokenizer.padding_side)
         self.prompt = prompt
         self._template_settings = dict(template_settings or {})
-        self._check_template()
+        self._checked_template: object = None
 
     def encode(self, queries: Sequence[str], documents: Sequence[str], prompt: str | None = None) -> TokenizedPairs:
         """Tokenise pair p = (queries[p], documents[p]) as a conversation; there are no token types.
 
-        Raises InputError for a text that is not a str or holds a lone surrogate, ConfigError where the template
-        alone exceeds `max_length`, ValueError when the arguments differ in length.
+        Raises InputError for a text that is not a str or holds a lone surrogate, CheckpointError where the template
+        leaves a text out, ConfigError where the template alone exceeds `max_length`, ValueError when the arguments
+        differ in length.
         """
         if len(queries) != len(documents):
             raise ValueError(f"encode needs pairs, got {len(queries)} queries and {len(documents)} documents")
         check_texts(queries, "query")
         check_texts(documents, "document")
+        self.check_template()
         prompt = self.prompt if prompt is None else prompt
-        rows = self._tokenise([self._render(*pair, prompt) for pair in zip(queries, documents, strict=True)])
+        return self._encode([self._render(*pair, prompt) for pair in zip(queries, documents, strict=True)], prompt)
+
+    def encode_text(self, text: str, prompt: str | None = None) -> TokenizedPairs:
+        """Tokenise one text without a document, as a message of the user; otherwise as `encode`."""
+        check_texts([text], "text")
+        prompt = self.prompt if prompt is None else prompt
+        return self._encode([self._render_messages([{"role": "user", "content": text}], prompt)], prompt)
+
+    def _encode(self, conversations: Sequence[str], prompt: str) -> TokenizedPairs:
+        rows = self._tokenise(conversations)
         truncated = np.array([len(row) > self.max_length for row in rows], dtype=bool)
         if truncated.any():
             ending = self._ending(prompt)
@@ -74,8 +84,12 @@ class ChatTokenizer:
         return TokenizedPairs(np.concatenate([np.empty(0, np.int32), *rows]), offsets, None, truncated)
 
     def _render(self, query: str, document: str, prompt: str) -> str:
-        messages = [{"role": "system", "content": prompt}] if prompt else []
-        messages += [{"role": "query", "content": query}, {"role": "document", "content": document}]
+        return self._render_messages(
+            [{"role": "query", "content": query}, {"role": "document", "content": document}], prompt
+        )
+
+    def _render_messages(self, messages: list[dict[str, str]], prompt: str) -> str:
+        messages = [*([{"role": "system", "content": prompt}] if prompt else []), *messages]
         rendered: str = self.tokenizer.apply_chat_template(messages, tokenize=False, **self._template_settings)
         return rendered
 
@@ -96,13 +110,22 @@ class ChatTokenizer:
         differs = np.flatnonzero(first[::-1][:width] != second[::-1][:width])
         return first[len(first) - int(differs[0]) :] if len(differs) else first[:0]
 
-    def _check_template(self) -> None:
+    def check_template(self) -> None:
+        """Raise CheckpointError where the template leaves the query or the document of a pair out."""
+        if self._checked_template == self.tokenizer.chat_template:
+            return
+        remedy = "give the tokenizer a chat_template that puts the content of both roles into the text"
         try:
             same, other_query, other_document = (
                 self._render(*pair, self.prompt) for pair in (("a", "b"), ("c", "b"), ("a", "c"))
             )
         except Exception as error:  # a template can raise anything
-            raise CheckpointError(f"the chat template does not take a query and a document: {error}") from error
+            raise CheckpointError(
+                f"the chat template cannot carry a 'query'/'document' pair, it fails with {error}: {remedy}"
+            ) from error
         for role, rendered in (("query", other_query), ("document", other_document)):
             if rendered == same:
-                raise CheckpointError(f"the chat template leaves the {role} out: it must use the role {role!r}")
+                raise CheckpointError(
+                    f"the chat template cannot carry a 'query'/'document' pair, it leaves the {role} out: {remedy}"
+                )
+        self._checked_template = self.tokenizer.chat_template

@@ -3,6 +3,7 @@
 import difflib
 import functools
 import inspect
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
@@ -10,31 +11,38 @@ from typing import Any, ParamSpec, TypeVar
 P = ParamSpec("P")
 R = TypeVar("R")
 
+logger = logging.getLogger(__name__)
+
 
 def accepts_old_arguments(
     renamed: Mapping[str, str | None], positional: Sequence[str] = ()
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorates a function to take arguments by their old names.
 
-    `renamed` maps an old name to the new one, or to None where it has no effect any more; where both are given the
-    new one counts. `positional` names keyword-only arguments that used to be positional ones, in their order after
-    those that still are. An unknown name raises TypeError with the nearest known one.
+    `renamed` maps an old name to the new one, to "a.b" for the entry b of a mapping a, or to None where it has no
+    effect any more; where both are given the new one counts. `positional` names keyword-only arguments that used to
+    be positional ones, in their order after those that still are. An unknown name raises TypeError with the nearest
+    known one, unless the function takes any.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         parameters = inspect.signature(function).parameters
         num_positional = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters.values())
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> R:
             surplus = dict(zip(positional, args[num_positional:], strict=False))
             for name in surplus:
-                _warn(f"{function.__qualname__} takes {name!r} by name only: write {name}=")
+                warn_deprecated(f"{function.__qualname__} takes `{name}` by name only: write {name}=")
             if surplus:
                 args = args[:num_positional]
             new: dict[str, Any] = {}
             for name in [name for name in kwargs if name not in parameters]:
-                new |= _renamed(function.__qualname__, name, kwargs.pop(name), renamed, list(parameters))
+                if name in renamed:
+                    new |= _renamed(function.__qualname__, name, kwargs.pop(name), renamed[name], kwargs)
+                elif not takes_any:
+                    raise TypeError(_unknown(function.__qualname__, name, list(parameters)))
             return function(*args, **{**new, **surplus, **kwargs})
 
         return wrapper
@@ -42,17 +50,26 @@ def accepts_old_arguments(
     return decorate
 
 
-def _renamed(
-    function: str, name: str, value: Any, renamed: Mapping[str, str | None], known: Sequence[str]
-) -> dict[str, Any]:
-    if name not in renamed:
-        nearest = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"it knows {', '.join(known[1:])}"
-        raise TypeError(f"{function}() has no argument {name!r}: {hint}")
-    new = renamed[name]
-    _warn(f"the argument {name!r} of {function} is deprecated: " + (f"write {new!r}" if new else "it has no effect"))
-    return {new: value} if new else {}
+def warn_deprecated(message: str, stacklevel: int = 3) -> None:
+    """Say it in the log, which people see, and as a DeprecationWarning, which test suites can turn into an error."""
+    logger.warning(message)
+    warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)
 
 
-def _warn(message: str) -> None:
-    warnings.warn(message, DeprecationWarning, stacklevel=4)
+def _renamed(function: str, name: str, value: Any, new: str | None, given: dict[str, Any]) -> dict[str, Any]:
+    """The argument under its new name; an entry of a mapping that is `given` goes there."""
+    if new is None:
+        warn_deprecated(f"The {function} `{name}` argument is deprecated: it has no effect", 5)
+        return {}
+    mapping, _, key = new.partition(".")
+    if not key:
+        warn_deprecated(f"The {function} `{name}` argument was renamed and is now deprecated: write `{new}`", 5)
+        return {new: value}
+    warn_deprecated(f"The {function} `{name}` argument is deprecated: write {mapping}={{{key!r}: …}}", 5)
+    return {mapping: {key: value, **(given.pop(mapping, None) or {})}}
+
+
+def _unknown(function: str, name: str, known: Sequence[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"it knows {', '.join(known[1:])}"
+    return f"{function}() has no argument {name!r}: {hint}"

@@ -18,6 +18,7 @@ from torch import nn
 from crossenc.batching import WINDOW, token_budget_batches
 from crossenc.errors import ConfigError
 from crossenc.loading import load_parts, num_labels_of, read_layout, resolve_activation
+from crossenc.precision import keep_in_float32
 from crossenc.records import TokenizedPairs
 from crossenc.tokenizer import Tokenizer
 
@@ -100,10 +101,12 @@ class Engine:
         """
         chosen = default_device() if device is None else torch.device(device)
         layout = read_layout(folder)
-        parts = load_parts(folder, layout, num_labels=num_labels, dtype=dtype).parts
+        parts = load_parts(folder, layout, num_labels=num_labels, dtype=dtype)
         found = num_labels_of(parts)
+        network = nn.Sequential(*parts)
+        keep_in_float32(network, layout.fp32_modules)
         return cls(
-            network=nn.Sequential(*parts).eval().to(chosen),
+            network=network.eval().to(chosen),
             num_labels=found,
             pad_token_id=tokenizer.pad_token_id,
             padding_side=tokenizer.padding_side,
@@ -156,7 +159,7 @@ class Engine:
         try:
             inputs = self.batch_inputs(pairs, batch)
             logits: torch.Tensor = self.network(inputs)["scores"]
-            return self.activation(logits.float())
+            return self.activation(logits.float().reshape(len(batch), self.num_labels))
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise

@@ -30,6 +30,7 @@ from crossenc.adapters import put_saved_adapter
 from crossenc.checkpoint import read_json
 from crossenc.errors import CheckpointError, ConfigError
 from crossenc.modules import PARTS, Dense, LogitScore, Transformer
+from crossenc.tokenizer import check_text_settings
 
 OWN_SETTINGS_FILE = "config_sentence_transformers.json"
 MODULES_FILE = "modules.json"
@@ -49,7 +50,9 @@ class Layout:
     """How a checkpoint folder is made up.
 
     `task` is the Transformer's; `parts` holds the class and the folder of each part after it. `activation` is the
-    full name that the checkpoint gives, None where it gives none. `template_settings` are for the chat template.
+    full name that the checkpoint gives, None where it gives none. `text_settings` may hold the max_length and the
+    truncation of pairs, `template_settings` are for the chat template. `fp32_modules` are linear layers that compute in
+    float32.
     """
 
     task: str
@@ -57,7 +60,9 @@ class Layout:
     activation: str | None = None
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt_name: str | None = None
+    text_settings: Mapping[str, Any] = field(default_factory=dict)
     template_settings: Mapping[str, Any] = field(default_factory=dict)
+    fp32_modules: tuple[str, ...] = ()
 
     @property
     def is_causal(self) -> bool:
@@ -75,28 +80,34 @@ def read_layout(folder: str | Path, config: PretrainedConfig | None = None) -> L
         nested.get("activation_fn"),
         getattr(config, "sbert_ce_default_activation_function", None),
     )
+    is_backbone = (folder / MODULES_FILE).exists() and _is_of_another_kind(folder, own)
     prompts, default = own.get("prompts") or {}, own.get("default_prompt_name")
+    if is_backbone:  # what was put before the texts it embedded is not for pairs
+        prompts, default = {}, None
     if default is not None and default not in prompts:
         raise CheckpointError(f"{folder / OWN_SETTINGS_FILE} names the prompt {default!r} and does not give it")
     common: dict[str, Any] = {
         "activation": next((str(name) for name in named if name is not None), None),
         "prompts": prompts,
         "default_prompt_name": default,
+        "fp32_modules": () if is_backbone else tuple(own.get("keep_in_fp32_modules") or ()),
     }
-    if (folder / MODULES_FILE).exists():
-        task, parts, template_settings = _read_modules(folder, own)
-        return Layout(task, parts, template_settings=template_settings, **common)
+    if (folder / MODULES_FILE).exists() and not is_backbone:
+        task, parts, processing = _read_modules(folder)
+        return Layout(task, parts, **processing, **common)
     architecture = (config.architectures or [""])[0]
     return Layout("text-generation" if architecture.endswith("ForCausalLM") else "sequence-classification", **common)
 
 
-def _read_modules(folder: Path, own: Mapping[str, Any]) -> tuple[str, tuple[tuple[str, str], ...], Mapping[str, Any]]:
-    """The Transformer's task, class and folder of the parts after it, and settings for the chat template."""
-    if own.get("model_type", "CrossEncoder") != "CrossEncoder":
-        raise CheckpointError(
-            f"{folder} is a {own['model_type']}, which embeds texts one by one and gives no score of a pair:"
-            " use a cross-encoder, or its backbone as a start of training"
-        )
+def _is_of_another_kind(folder: Path, own: Mapping[str, Any]) -> bool:
+    """Whether the parts embed texts one by one, so that the first of them is the backbone of a new cross-encoder."""
+    kinds = [str(module["type"]).rpartition(".")[2] for module in read_json(folder / MODULES_FILE)]
+    stated = own.get("model_type")
+    return stated != "CrossEncoder" if stated is not None else bool(kinds) and kinds[-1] in ("Pooling", "Normalize")
+
+
+def _read_modules(folder: Path) -> tuple[str, tuple[tuple[str, str], ...], dict[str, Any]]:
+    """The Transformer's task, class and folder of the parts after it, and how texts are processed."""
     kinds: list[tuple[str, str]] = []
     for module in read_json(folder / MODULES_FILE):
         origin, _, kind = str(module["type"]).rpartition(".")
@@ -117,14 +128,16 @@ def _read_modules(folder: Path, own: Mapping[str, Any]) -> tuple[str, tuple[tupl
     if task not in _LOADERS:
         raise CheckpointError(f"{folder / TRANSFORMER_FILE} asks for {task}: supported are {', '.join(_LOADERS)}")
     processing = dict(settings.get("processing_kwargs") or {})
+    text_settings = dict(processing.pop("text", {}))
     template_settings = dict(processing.pop("chat_template", {}))
     template_settings.pop("restore_suffix", None)  # what the template ends in is always kept here
-    if processing:
+    unknown = [*processing, *check_text_settings(text_settings)]
+    if unknown:
         raise CheckpointError(
-            f"{folder / TRANSFORMER_FILE} sets processing_kwargs for {', '.join(processing)}, which change what the"
+            f"{folder / TRANSFORMER_FILE} sets processing_kwargs for {', '.join(unknown)}, which change what the"
             " model sees and are not supported"
         )
-    return task, tuple(kinds[1:]), template_settings
+    return task, tuple(kinds[1:]), {"text_settings": text_settings, "template_settings": template_settings}
 
 
 def load_parts(
@@ -137,7 +150,7 @@ def load_parts(
     config_settings: Mapping[str, Any] | None = None,
     model_settings: Mapping[str, Any] | None = None,
     new_head_allowed: bool = False,
-) -> "LoadedParts":
+) -> list[nn.Module]:
     """The parts of the model on the CPU, in eval mode; the last one gives "scores".
 
     `base` is the folder of the model that `folder` is an adapter of, if it is one. `num_labels` overrides what the
@@ -149,8 +162,8 @@ def load_parts(
     folder = Path(folder)
     config = load_config(base or folder, config_settings)
     is_classifier = layout.task == "sequence-classification"
-    if num_labels is not None and is_classifier:
-        config.num_labels = num_labels
+    if is_classifier:
+        set_num_labels(config, num_labels)
     model, missing = load_model(base or folder, config, layout.task, dtype, model_settings)
     base_lacks_head = bool(missing)
     if base is not None:
@@ -161,7 +174,10 @@ def load_parts(
         raise CheckpointError(
             f"{folder} lacks {', '.join(missing[:5])}: it is not a trained cross-encoder; train its head first"
         )
-    parts: list[nn.Module] = [Transformer(model, layout.task)]
+    transformer = Transformer(model, transformer_task=layout.task)
+    transformer.remember_new(missing)
+    transformer.base_lacks_head = base_lacks_head
+    parts: list[nn.Module] = [transformer]
     for kind, place in layout.parts:
         parts.append(PARTS[kind].load(folder / place).to(dtype))
         _check_finite(parts[-1], folder / place)
@@ -174,16 +190,7 @@ def load_parts(
     found = num_labels_of(parts)
     if num_labels is not None and found != num_labels:
         raise CheckpointError(f"{folder} gives {found} scores a pair, not {num_labels}: leave num_labels out")
-    return LoadedParts([part.eval() for part in parts], bool(missing), base_lacks_head)
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedParts:
-    """A model's parts, whether its head is random, and whether it would be without the adapter."""
-
-    parts: list[nn.Module]
-    head_is_new: bool
-    base_lacks_head: bool
+    return [part.eval() for part in parts]
 
 
 def _is_head(missing: list[str], model: PreTrainedModel) -> bool:
@@ -194,6 +201,14 @@ def _is_head(missing: list[str], model: PreTrainedModel) -> bool:
 def _claims_head(config: PretrainedConfig) -> bool:
     """Whether the checkpoint says that it has a head for classification."""
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+
+
+def set_num_labels(config: PretrainedConfig, num_labels: int | None) -> None:
+    """Set the labels of a classification model; those of a backbone, which states none, are one by default."""
+    if num_labels is not None:
+        config.num_labels = num_labels
+    elif not _claims_head(config):
+        config.num_labels = 1
 
 
 def read_num_labels(folder: str | Path, layout: Layout) -> int:
@@ -240,8 +255,6 @@ def load_config(folder: str | Path, settings: Mapping[str, Any] | None = None) -
             f"{folder}/config.json is not of a model that transformers itself knows, and code that comes "
             f"with a checkpoint is never run: {error}"
         ) from error
-    if not _claims_head(config) and "num_labels" not in (settings or {}):
-        config.num_labels = 1  # what a new head of a cross-encoder has
     return config
 
 
@@ -296,16 +309,22 @@ def _check_finite(part: nn.Module, folder: str | Path) -> None:
 def resolve_activation(layout: Layout, num_labels: int) -> nn.Module:
     """What the checkpoint's scores go through: what it names, else Sigmoid for one label and Identity for more.
 
-    Raises CheckpointError for anything but an elementwise activation of torch.nn: no other class is ever imported.
+    Raises CheckpointError for anything but an activation of torch.nn without arguments: no other class is ever
+    imported.
     """
     if layout.activation is None:
-        return nn.Sigmoid() if num_labels == 1 else nn.Identity()
+        return default_activation(num_labels)
     try:
         return named_activation(layout.activation)
     except ConfigError as error:
         raise CheckpointError(
             f"the checkpoint names an unsupported one: {error}; pass activation_fn yourself, or correct the checkpoint"
         ) from None
+
+
+def default_activation(num_labels: int) -> nn.Module:
+    """What the scores of a checkpoint that names nothing go through."""
+    return nn.Sigmoid() if num_labels == 1 else nn.Identity()
 
 
 @contextmanager

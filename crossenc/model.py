@@ -3,10 +3,12 @@
 It joins the parts of a model, their tokenizer and the engine, and knows neither files of queries nor clusters.
 """
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +23,27 @@ from crossenc.adapters import AdapterMixin, has_adapters
 from crossenc.card import CrossEncoderModelCardData
 from crossenc.chat import ChatTokenizer
 from crossenc.checkpoint import fetch, fetch_base
-from crossenc.deprecation import accepts_old_arguments
+from crossenc.deprecation import accepts_old_arguments, warn_deprecated
 from crossenc.engine import Activation, Engine, default_batch_tokens, default_device
 from crossenc.errors import CheckpointError, ConfigError, InputError
 from crossenc.fitting import FitMixin
-from crossenc.loading import num_labels_of, resolve_activation
+from crossenc.loading import default_activation, num_labels_of, resolve_activation
+from crossenc.merging import merge_models
 from crossenc.modules import Features, Transformer
-from crossenc.pairs import Pair, split_pairs
+from crossenc.old_names import OldNamesMixin
+from crossenc.pairs import Pair, is_one_pair, split_pairs
 from crossenc.pool import Pool, default_devices
+from crossenc.precision import keep_in_float32
 from crossenc.ranking import order
+from crossenc.records import TokenizedPairs
 from crossenc.saving import SaveMixin
-from crossenc.source import ModelSource, resolve_dtype, source_of_folder, source_of_modules
-from crossenc.tokenizer import PairTokenizer, wrap_tokenizer
+from crossenc.source import ModelSource, resolve_dtype, source_of_folder, source_of_modules, split_dtype
+from crossenc.tokenizer import PairTokenizer, check_texts, position_limit, wrap_tokenizer
+
+logger = logging.getLogger(__name__)
+
+#: Pairs that are tokenised while those before them are scored, and that are sorted by length among each other.
+_PAIRS_AHEAD = 8192
 
 Scores = NDArray[np.float32] | np.float32 | Tensor | list[Tensor]
 
@@ -44,17 +55,19 @@ _OLD_INIT_NAMES: Mapping[str, str | None] = {
     "config_args": "config_kwargs",
     "cache_dir": "cache_folder",
     "default_activation_function": "activation_fn",
+    "classifier_dropout": "config_kwargs.classifier_dropout",
 }
 _OLD_SCORE_NAMES: Mapping[str, str | None] = {"activation_fct": "activation_fn", "num_workers": None}
 _OLD_PREDICT_NAMES = {**_OLD_SCORE_NAMES, "sentences": "inputs"}
 _OLD_RANK_NAMES = {**_OLD_SCORE_NAMES, "apply_softmax": None, "convert_to_numpy": None, "convert_to_tensor": None}
 
 
-class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, SaveMixin):
+class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMixin):
     """A cross-encoder from a folder, a URI or the hub, in eval mode; its items are the parts of crossenc.modules."""
 
     prompts: dict[str, str]
     model_card_data: CrossEncoderModelCardData
+    keep_in_fp32_modules: list[str]
     _source: ModelSource
     _tokenizer: PairTokenizer | ChatTokenizer
     _activation: Activation
@@ -83,7 +96,7 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, SaveMixin):
         num_labels: int | None = None,
         max_length: int | None = None,
         activation_fn: Activation | None = None,
-        classifier_dropout: float | None = None,
+        keep_in_fp32_modules: Sequence[str] | None = None,
         dtype: str | torch.dtype | None = None,
         max_batch_tokens: int | None = None,
         storage_options: Mapping[str, object] | None = None,
@@ -93,9 +106,11 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, SaveMixin):
         `max_length` is in tokens; `dtype` a torch dtype or its name (float32 when None); `device` the fastest that
         the machine has when None. `activation_fn` maps float32 logits [B, L] to scores and `num_labels` is L; both
         are the checkpoint's own when None. `prompts` are texts by name to put before queries, `default_prompt_name`
-        the one used unless a call names another. `max_batch_tokens` bounds a batch's padded tokens. `model_kwargs`,
-        `processor_kwargs`, `config_kwargs` and `token` go to transformers and the hub, `storage_options` to a URI's
-        file system. A backbone without a head gets a new one, to be trained; it gives no scores before that.
+        the one used unless a call names another. `keep_in_fp32_modules` are paths of linear layers that compute in
+        float32 whatever `dtype` is, the checkpoint's own when None. `max_batch_tokens` bounds a batch's padded tokens.
+        `model_kwargs`, `processor_kwargs`, `config_kwargs` and `token` go to transformers and the hub,
+        `storage_options` to a URI's file system. A backbone without a head gets a new one, to be trained; it gives no
+        scores before that.
         Raises InputError, CheckpointError or StorageError as `crossenc.checkpoint.fetch` does, ConfigError for a
         setting that does not fit the checkpoint or is not supported, TypeError for an unknown argument.
         """
@@ -103,13 +118,10 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, SaveMixin):
         _check_supported(trust_remote_code, backend)
         if (model_name_or_path is None) == (modules is None):
             raise ConfigError("give CrossEncoder either a folder, a URI or a hub id, or its modules")
-        model_settings, config_settings = dict(model_kwargs or {}), dict(config_kwargs or {})
-        processor_settings = dict(processor_kwargs or {})
-        stated_dtype = model_settings.pop("dtype", None) or model_settings.pop("torch_dtype", None)
+        stated_dtype, model_settings = split_dtype(model_kwargs or {})
+        config_settings, processor_settings = dict(config_kwargs or {}), dict(processor_kwargs or {})
         stated_labels = config_settings.pop("num_labels", None)
         stated_length = processor_settings.pop("model_max_length", None)
-        if classifier_dropout is not None:
-            config_settings["classifier_dropout"] = classifier_dropout
         if modules is not None:
             source = source_of_modules(modules)
         else:
@@ -122,7 +134,7 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, SaveMixin):
                 revision,
                 base=fetch_base(folder, **places),
                 num_labels=stated_labels if num_labels is None else num_labels,
-                dtype=resolve_dtype(stated_dtype if dtype is None else dtype),
+                dtype=stated_dtype if dtype is None else resolve_dtype(dtype),
                 config_settings=config_settings,
                 model_settings=model_settings,
                 processor_settings=processor_settings,
@@ -135,9 +147,12 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, SaveMixin):
             self.model_card_data.base_model = source.name
             self.model_card_data.base_revision = revision
         self.prompts = {**source.layout.prompts, **(prompts or {})}
-        self.activation_fn = activation_fn or resolve_activation(source.layout, num_labels_of(source.parts))
+        self.activation_fn = activation_fn or self.checkpoint_activation()
         self.default_prompt_name = default_prompt_name or source.layout.default_prompt_name
         self.max_length = stated_length if max_length is None else max_length
+        self.set_keep_in_fp32_modules(
+            source.layout.fp32_modules if keep_in_fp32_modules is None else keep_in_fp32_modules
+        )
         self.to(default_device() if device is None else torch.device(device))
         self.eval()
         self._engine()  # its limits are checked now
@@ -195,24 +210,49 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, SaveMixin):
         return next(self.parameters()).dtype
 
     @property
+    def processor(self) -> PreTrainedTokenizerFast:
+        """The same as `tokenizer`."""
+        return self.tokenizer
+
+    @property
     def max_length(self) -> int:
-        """Tokens that a pair may have; settable within what the model's positions allow."""
+        """Tokens that a pair may have; set beyond the model's positions it is what they hold, with a warning."""
         return self._tokenizer.max_length
 
     @max_length.setter
     def max_length(self, value: int | None) -> None:
-        source = self._source
-        self._tokenizer = wrap_tokenizer(source.tokenizer, self.config, source.layout, value)
+        limit = position_limit(self.config)
+        if value is not None and limit is not None and value > limit:
+            logger.warning("max_length is %d, but the model has positions for %d tokens: it is %d", value, limit, limit)
+            value = limit
+        self._tokenizer = self._tokenizer_for(value, {})
+        self._source.tokenizer.model_max_length = self._tokenizer.max_length
+
+    def _tokenizer_for(
+        self, max_length: int | None, processing_kwargs: Mapping[str, Any]
+    ) -> PairTokenizer | ChatTokenizer:
+        """A tokenizer of pairs with other settings."""
+        unknown = set(processing_kwargs) - {"text"}
+        if unknown:
+            raise ConfigError(f"processing_kwargs has {sorted(unknown)[0]!r}: only 'text' can be set for a call")
+        source, text_settings = self._source, processing_kwargs.get("text", {})
+        if "max_length" in text_settings:
+            max_length = text_settings["max_length"]
+        return wrap_tokenizer(source.tokenizer, self.config, source.layout, max_length, text_settings=text_settings)
 
     @property
     def head_is_new(self) -> bool:
         """Whether the head is still random: true of a backbone that became a cross-encoder and was not trained yet."""
-        return self._source.head_is_new
+        first = self[0]
+        assert isinstance(first, Transformer)
+        return first.head_is_new
 
     @property
     def base_lacks_head(self) -> bool:
         """Whether only an adapter holds the head that was trained."""
-        return self._source.base_lacks_head
+        first = self[0]
+        assert isinstance(first, Transformer)
+        return first.base_lacks_head
 
     @property
     def base_location(self) -> tuple[str, str | None] | None:
@@ -221,8 +261,10 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, SaveMixin):
 
     def mark_merged(self) -> None:
         """Say that the adapters became part of the model's own weights: called by whoever merged them."""
-        self._source.base_lacks_head = False
-        self._source.location = None
+        first = self[0]
+        assert isinstance(first, Transformer)
+        first.base_lacks_head = False
+        self._source = replace(self._source, location=None)
 
     @property
     def readme(self) -> str | None:
@@ -230,22 +272,27 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, SaveMixin):
         return self._source.readme
 
     @property
-    def template_settings(self) -> Mapping[str, Any]:
-        """What a language model's chat template is called with."""
-        return self._source.layout.template_settings
-
-    @property
-    def max_seq_length(self) -> int:
-        """The same as `max_length`."""
-        return self.max_length
-
-    @max_seq_length.setter
-    def max_seq_length(self, value: int) -> None:
-        self.max_length = value
+    def processing_settings(self) -> Mapping[str, Mapping[str, Any]]:
+        """How the checkpoint wants texts and chat templates to be processed, where it says so."""
+        layout = self._source.layout
+        settings = {"text": layout.text_settings, "chat_template": layout.template_settings}
+        return {name: dict(values) for name, values in settings.items() if values}
 
     @property
     def num_labels(self) -> int:
         return num_labels_of(list(self))
+
+    def checkpoint_activation(self) -> nn.Module:
+        """What the checkpoint's scores go through; what suits the number of labels where it names what is not known."""
+        try:
+            return resolve_activation(self._source.layout, self.num_labels)
+        except CheckpointError:
+            logger.warning(
+                "Activation function path %r is not trusted, using default activation function instead. "
+                "Pass activation_fn to have another one",
+                self._source.layout.activation,
+            )
+            return default_activation(self.num_labels)
 
     @property
     def activation_fn(self) -> Activation:
@@ -291,6 +338,10 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, SaveMixin):
         pairs = self._tokenizer.encode(queries, documents, self._prompt(prompt, None))
         return self._engine().batch_inputs(pairs, np.arange(len(pairs)))
 
+    def is_singular_input(self, inputs: object) -> bool:
+        """Whether `predict` takes `inputs` for one pair or text, and gives one score, rather than several."""
+        return isinstance(inputs, str) or is_one_pair(inputs)
+
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text by itself, uncut and without special ones."""
         self.tokenizer.backend_tokenizer.no_truncation()
@@ -303,7 +354,7 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, SaveMixin):
     @accepts_old_arguments(_OLD_PREDICT_NAMES)
     def predict(  # noqa: PLR0913
         self,
-        inputs: Pair | Iterable[Pair] | NDArray[Any],
+        inputs: str | Pair | Iterable[Pair] | NDArray[Any],
         prompt_name: str | int | None = None,
         prompt: str | None = None,
         batch_size: int | None = None,
@@ -315,22 +366,35 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, SaveMixin):
         device: str | torch.device | list[str] | None = None,
         pool: Pool | None = None,
         chunk_size: int | None = None,
+        *,
+        processing_kwargs: Mapping[str, Any] | None = None,
     ) -> Scores:
-        """Score (query, document) pairs, in the order given.
+        """Score (query, document) pairs, in the order given; or one text alone.
 
         Returns float32 [n], or [n, L] for L > 1 labels; without the first dimension for a single pair. It is
         a numpy array, or a tensor on the model's device with `convert_to_tensor`, or a list of n tensors when
         both flags are off. `apply_softmax` normalises over the labels, where there are several. `batch_size`
         caps the pairs of a batch beside the token budget. `prompt`, or the one named `prompt_name`, goes before
         every query. `device` moves the model there first; several devices are used together, as those of a `pool`
-        are (see `start_multi_process_pool`), in chunks of `chunk_size` pairs.
+        are (see `start_multi_process_pool`), in chunks of `chunk_size` pairs. `processing_kwargs` may set this call's
+        {"text": {"max_length": tokens, "truncation": "longest_first", "only_first" or "only_second"}}.
         Raises InputError naming the first input that is not a pair of texts, CheckpointError while the head is new.
         """
         if isinstance(prompt_name, int):  # the place of batch_size up to version 5.3 of sentence-transformers
             batch_size, prompt_name = _old_batch_size(prompt_name), None
-        queries, documents, is_single = split_pairs(inputs)
-        settings = _ScoreSettings(self._prompt(prompt, prompt_name), activation_fn, batch_size, bool(show_progress_bar))
-        scores = torch.from_numpy(self._score_on(queries, documents, settings, device, pool, chunk_size))
+        settings = _ScoreSettings(
+            self._prompt(prompt, prompt_name),
+            activation_fn,
+            batch_size,
+            bool(show_progress_bar),
+            processing_kwargs or {},
+        )
+        is_single = self.is_singular_input(inputs)
+        if isinstance(inputs, str):
+            scores = torch.from_numpy(self._score_text(inputs, settings))
+        else:
+            queries, documents, _ = split_pairs(inputs)
+            scores = torch.from_numpy(self._score_on(queries, documents, settings, device, pool, chunk_size))
         if apply_softmax and scores.ndim > 1:
             scores = torch.softmax(scores, dim=1)
         if convert_to_tensor:
@@ -403,7 +467,8 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, SaveMixin):
         """
         if self.num_labels != 1:
             raise InputError(
-                f"rank needs one score a document, but this model has {self.num_labels} labels: use predict"
+                "CrossEncoder.rank() only works for models with num_labels=1. "
+                f"Consider using CrossEncoder.predict() with input pairs instead. (This model has {self.num_labels}.)"
             )
         if top_k is not None and top_k < 0:
             raise InputError(f"top_k is {top_k}: give the number of documents to keep, or None to keep all")
@@ -451,9 +516,31 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, SaveMixin):
     def _score(self, queries: list[str], documents: list[str], settings: "_ScoreSettings") -> NDArray[np.float32]:
         _check_activation(settings.activation_fn)
         engine = self.engine.with_limits(settings.activation_fn, settings.batch_size)
-        pairs = self._tokenizer.encode(queries, documents, settings.prompt)
-        with _progress(len(pairs), settings.shows_progress) as on_batch:
-            return engine.score(pairs, on_batch)
+        tokenizer = self._tokenizer
+        if settings.processing_kwargs:
+            tokenizer = self._tokenizer_for(self.max_length, settings.processing_kwargs)
+        check_texts(queries, "query")  # all of them now, so that an error names the place among all
+        check_texts(documents, "document")
+
+        def tokenise(start: int) -> TokenizedPairs:
+            chunk = slice(start, start + _PAIRS_AHEAD)
+            return tokenizer.encode(queries[chunk], documents[chunk], settings.prompt)
+
+        with _progress(len(queries), settings.shows_progress) as on_batch, ThreadPoolExecutor(1) as thread:
+            scores = []
+            ahead = thread.submit(tokenise, 0)
+            for start in range(0, max(1, len(queries)), _PAIRS_AHEAD):
+                pairs = ahead.result()
+                if start + _PAIRS_AHEAD < len(queries):
+                    ahead = thread.submit(tokenise, start + _PAIRS_AHEAD)
+                scores.append(engine.score(pairs, on_batch))
+        return np.concatenate(scores)
+
+    def _score_text(self, text: str, settings: "_ScoreSettings") -> NDArray[np.float32]:
+        """The score of one text without a document, [1] or [1, L]."""
+        _check_activation(settings.activation_fn)
+        pairs = self._tokenizer.encode_text(text, settings.prompt)
+        return self.engine.with_limits(settings.activation_fn, settings.batch_size).score(pairs)
 
     def start_multi_process_pool(self, target_devices: list[str] | None = None) -> Pool:
         """Start a process for each of `target_devices` (all CUDA devices, or four times the CPU), to score with."""
@@ -471,12 +558,38 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, SaveMixin):
         name = prompt_name or self.default_prompt_name
         return "" if name is None else _named_prompt(self.prompts, name)
 
+    def set_keep_in_fp32_modules(self, module_names: Sequence[str]) -> None:
+        """Let these linear layers, such as "0.model.classifier", compute in float32, and no others.
+
+        The names are saved with the model. Raises ConfigError for what is not a linear layer of the model.
+        """
+        keep_in_float32(self, module_names)
+        self.keep_in_fp32_modules = list(module_names)
+
+    @classmethod
+    def merge(
+        cls,
+        models: "Sequence[CrossEncoder | str | Path]",
+        method: str = "linear",
+        *,
+        parameters: Mapping[str, Any] | None = None,
+        **load_settings: Any,
+    ) -> "CrossEncoder":
+        """A new model with weights between those of `models`, otherwise like the first; see crossenc.merging.
+
+        What is not a model yet is loaded with `load_settings`.
+        """
+        loaded = [model if isinstance(model, CrossEncoder) else cls(model, **load_settings) for model in models]
+        return merge_models(loaded, method, parameters or {})
+
     def mark_trained(self) -> None:
         """Say that the head is not random any more: called by whoever trained it."""
-        self._source.head_is_new = False
+        first = self[0]
+        assert isinstance(first, Transformer)
+        first.new_weights = {}
         if not has_adapters(self.model):
-            self._source.base_lacks_head = False
-            self._source.location = None
+            first.base_lacks_head = False
+            self._source = replace(self._source, location=None)
 
     def evaluate(self, evaluator: Callable[..., Any], output_path: str | None = None) -> Any:
         """What `evaluator(model, output_path)` returns."""
@@ -493,6 +606,7 @@ class _ScoreSettings:
     activation_fn: Activation | None
     batch_size: int | None
     shows_progress: bool
+    processing_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -536,9 +650,7 @@ def _named_prompt(prompts: Mapping[str, str], name: str) -> str:
 
 
 def _old_batch_size(value: int) -> int:
-    import warnings
-
-    warnings.warn("the second positional argument of predict is prompt_name: write batch_size=", DeprecationWarning, 5)
+    warn_deprecated("The second positional argument of predict is prompt_name: write batch_size=", 5)
     return value
 
 

@@ -11,6 +11,7 @@ Shape letters: B pairs, W tokens of the longest pair, D width of the model, L la
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -23,6 +24,8 @@ from crossenc.activations import activation_name, named_activation
 from crossenc.errors import CheckpointError, ConfigError
 
 Features = dict[str, Any]
+
+_ADAPTERS_COPY = re.compile(r"\.modules_to_save\.[^.]+")
 
 POOLING_MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 
@@ -87,8 +90,7 @@ class Part(nn.Module):
 class Transformer(nn.Module):
     """A transformers model: token ids [B, W] to logits [B, L], hidden states [B, W, D] or last logits [B, 1, V].
 
-    `task` is "sequence-classification", "feature-extraction" or "text-generation", and says which. `tokenizer` is the
-    model's own fast one, needed where a CrossEncoder is put together from parts.
+    `transformer_task` is "sequence-classification", "feature-extraction" or "text-generation", and says which.
     """
 
     saved_type = "sentence_transformers.base.modules.transformer.Transformer"
@@ -101,13 +103,78 @@ class Transformer(nn.Module):
 
     model: Any
 
-    def __init__(self, model: nn.Module, task: str = "sequence-classification", tokenizer: Any = None) -> None:
+    def __init__(
+        self,
+        model_name_or_path: str | Path | nn.Module,
+        *,
+        transformer_task: str = "feature-extraction",
+        model_kwargs: Mapping[str, Any] | None = None,
+        processor_kwargs: Mapping[str, Any] | None = None,
+        config_kwargs: Mapping[str, Any] | None = None,
+        max_seq_length: int | None = None,
+        tokenizer: Any = None,
+    ) -> None:
+        """Load a folder, a URI or a hub id; or take a model of transformers as it is, with its fast `tokenizer`.
+
+        The three mappings go to transformers. A model without a head for the task gets a random one, to be trained.
+        Raises CheckpointError as crossenc.loading does, ConfigError for an unknown task.
+        """
         super().__init__()
-        if task not in self.OUTPUTS:
-            raise ConfigError(f"there is no task {task!r}: choose from {', '.join(self.OUTPUTS)}")
-        self.model = model
-        self.task = task
-        self.tokenizer = tokenizer
+        if transformer_task not in self.OUTPUTS:
+            raise ConfigError(f"there is no task {transformer_task!r}: choose from {', '.join(self.OUTPUTS)}")
+        self.task = transformer_task
+        self.new_weights: dict[str, Tensor] = {}
+        self.base_lacks_head = False
+        if isinstance(model_name_or_path, nn.Module):
+            self.model, self.tokenizer = model_name_or_path, tokenizer
+        else:
+            self._load(model_name_or_path, model_kwargs or {}, processor_kwargs or {}, config_kwargs or {})
+        if max_seq_length is not None:
+            self.tokenizer.model_max_length = max_seq_length
+
+    def _load(
+        self,
+        name: str | Path,
+        model_settings: Mapping[str, Any],
+        processor_settings: Mapping[str, Any],
+        config_settings: Mapping[str, Any],
+    ) -> None:
+        # Imported here because loading checkpoints and knowing their tokenizers build on the parts.
+        from crossenc.checkpoint import fetch
+        from crossenc.loading import load_config, load_model, set_num_labels
+        from crossenc.source import split_dtype
+        from crossenc.tokenizer import load_fast_tokenizer
+
+        folder = fetch(name)
+        dtype, rest = split_dtype(model_settings)
+        config = load_config(folder, config_settings)
+        set_num_labels(config, config_settings.get("num_labels"))
+        self.model, missing = load_model(folder, config, self.task, dtype, rest)
+        self.remember_new(missing)
+        self.tokenizer = load_fast_tokenizer(folder, processor_settings)
+
+    def remember_new(self, names: Sequence[str]) -> None:
+        """Note that the weights `names` were made up, not loaded: they make no scores before they are trained."""
+        state = self.model.state_dict()
+        self.new_weights = {name: state[name].detach().cpu().clone() for name in names if name in state}
+
+    @property
+    def head_is_new(self) -> bool:
+        """Whether weights that were made up are still what they were."""
+        if not self.new_weights:
+            return False
+        # A head that an adapter trains is a copy of this one, which stays beside it.
+        state = {_ADAPTERS_COPY.sub("", name): weight for name, weight in self.model.state_dict().items()}
+        is_new = all(
+            torch.equal(state[name].cpu(), made.to(state[name].dtype)) for name, made in self.new_weights.items()
+        )
+        if not is_new:
+            self.new_weights = {}
+        return is_new
+
+    def get_embedding_dimension(self) -> int:
+        """D, the width of a token's hidden state."""
+        return int(self.model.config.hidden_size)
 
     def forward(self, features: Features) -> Features:
         inputs = {name: features[name] for name in _MODEL_INPUTS if features.get(name) is not None}
@@ -188,21 +255,29 @@ class Dense(Part):
         in_features: int,
         out_features: int,
         bias: bool = True,
-        activation_function: nn.Module | None = None,
+        activation_function: nn.Module | None = nn.Tanh(),  # noqa: B008 - it has no state
+        init_weight: Tensor | None = None,
+        init_bias: Tensor | None = None,
         module_input_name: str = "sentence_embedding",
         module_output_name: str | None = None,
     ) -> None:
+        """`init_weight` is [out_features, in_features], `init_bias` [out_features]; random ones where None."""
         super().__init__()
         self.linear = nn.Linear(in_features, out_features, bias=bias)
-        self.activation_function = nn.Tanh() if activation_function is None else activation_function
+        with torch.no_grad():
+            for parameter, initial in ((self.linear.weight, init_weight), (self.linear.bias, init_bias)):
+                if initial is not None:
+                    parameter.copy_(initial)
+        self.activation_function = nn.Identity() if activation_function is None else activation_function
         self.module_input_name = module_input_name
         self.module_output_name = module_output_name or module_input_name
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Self:
         known = dict(settings)
-        named = known.pop("activation_function", None)
-        return cls(**known, activation_function=None if named is None else named_activation(named))
+        if "activation_function" in known:
+            known["activation_function"] = named_activation(known["activation_function"])
+        return cls(**known)
 
     def settings(self) -> dict[str, Any]:
         return {

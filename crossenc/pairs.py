@@ -11,12 +11,19 @@ from crossenc.errors import InputError
 Pair = tuple[str, str] | list[str]
 
 
+def is_one_pair(inputs: object) -> bool:
+    """Whether `inputs` is one bare (query, document) pair rather than several inputs."""
+    if isinstance(inputs, np.ndarray):
+        inputs = inputs.tolist() if inputs.ndim == 1 else None
+    return isinstance(inputs, tuple | list) and len(inputs) == 2 and all(isinstance(text, str) for text in inputs)
+
+
 def split_pairs(inputs: Pair | Iterable[Pair] | NDArray[Any]) -> tuple[list[str], list[str], bool]:
     """Queries, documents, and whether `inputs` is one bare pair. Raises InputError naming the first that is none."""
     if isinstance(inputs, str | Mapping):
-        raise InputError("predict needs a (query, document) pair or several of them, not a single text or mapping")
+        raise InputError("give a (query, document) pair or several of them, not a single text or mapping")
     items = list(inputs)
-    is_single = len(items) == 2 and all(isinstance(item, str) for item in items)
+    is_single = is_one_pair(items)
     pairs = [items] if is_single else items
     for position, pair in enumerate(pairs):
         if not isinstance(pair, tuple | list | np.ndarray) or len(pair) != 2:

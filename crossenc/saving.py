@@ -198,16 +198,12 @@ def _write_parts(model: "CrossEncoder", folder: Path) -> None:
     tokenizer = model.tokenizer
     tokenizer.backend_tokenizer.no_truncation()  # or the limits of the last call would be saved
     tokenizer.backend_tokenizer.no_padding()
-    stated, tokenizer.model_max_length = tokenizer.model_max_length, model.max_length
-    try:
-        with quiet_transformers():
-            if has_adapters(model.model):
-                save_adapter(model, folder)
-            else:
-                model.model.save_pretrained(str(folder))
-            tokenizer.save_pretrained(str(folder))
-    finally:
-        tokenizer.model_max_length = stated
+    with quiet_transformers():
+        if has_adapters(model.model):
+            save_adapter(model, folder)
+        else:
+            model.model.save_pretrained(str(folder))
+        tokenizer.save_pretrained(str(folder))
     for place, part in _places(model):
         if place:
             part.save(folder / place)
@@ -244,9 +240,9 @@ def _write_settings(model: "CrossEncoder", folder: Path) -> None:
         "modality_config": {"text": text},
         "module_output_name": key,
     }
-    if model.template_settings:
-        settings["processing_kwargs"] = {"chat_template": dict(model.template_settings)}
-    if transformer.task == "text-generation" and model.tokenizer.chat_template:
+    if model.processing_settings:
+        settings["processing_kwargs"] = model.processing_settings
+    if model.tokenizer.chat_template:
         settings["modality_config"]["message"] = {**text, "format": "flat"}
     modules = [
         {"idx": i, "name": str(i), "path": place, "type": type(part).saved_type}
@@ -264,6 +260,7 @@ def _write_settings(model: "CrossEncoder", folder: Path) -> None:
         "default_prompt_name": model.default_prompt_name,
         "model_type": "CrossEncoder",
         "prompts": dict(model.prompts),
+        **({"keep_in_fp32_modules": model.keep_in_fp32_modules} if model.keep_in_fp32_modules else {}),
     }
     for name, content in ((TRANSFORMER_FILE, settings), (OWN_SETTINGS_FILE, own), (MODULES_FILE, modules)):
         (folder / name).write_text(json.dumps(content, indent=2, sort_keys=isinstance(content, dict)))

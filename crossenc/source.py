@@ -18,12 +18,12 @@ from crossenc.tokenizer import load_fast_tokenizer
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class ModelSource:
     """What a model was put together from.
 
     `name` is the hub id, or of a folder or URI its last part: enough to know it by, and nothing of the machine.
-    `readme` is the card of a local folder. `base_lacks_head` is whether the head would be random without adapters.
+    `readme` is the card of a local folder.
     `location` is where the transformers model came from, a folder, URI or hub id, and its revision: what an adapter
     names as its base. It is None once the weights are others.
     """
@@ -32,9 +32,7 @@ class ModelSource:
     parts: list[nn.Module]
     layout: Layout
     tokenizer: PreTrainedTokenizerFast
-    head_is_new: bool
     readme: str | None = None
-    base_lacks_head: bool = False
     location: tuple[str, str | None] | None = None
 
 
@@ -57,7 +55,7 @@ def source_of_folder(  # noqa: PLR0913
     Raises CheckpointError as `load_parts` does.
     """
     layout = read_layout(folder, load_config(base or folder))
-    loaded = load_parts(
+    parts = load_parts(
         folder,
         layout,
         base=base,
@@ -68,6 +66,9 @@ def source_of_folder(  # noqa: PLR0913
         new_head_allowed=True,
     )
     tokenizer = load_fast_tokenizer(folder, processor_settings)
+    transformer = parts[0]
+    assert isinstance(transformer, Transformer)
+    transformer.tokenizer = tokenizer
     is_hub_id = "://" not in given and not Path(given).expanduser().is_dir()
     name, _, suffix = given.partition("@") if is_hub_id else (given.rstrip("/").rpartition("/")[2], "", "")
     if base is not None:
@@ -79,9 +80,7 @@ def source_of_folder(  # noqa: PLR0913
         location = (given if "://" in given else str(folder), None)
     card = folder / "README.md"
     readme = card.read_text(encoding="utf-8") if card.exists() else None
-    return ModelSource(
-        name, loaded.parts, layout, tokenizer, loaded.head_is_new, readme, loaded.base_lacks_head, location
-    )
+    return ModelSource(name, parts, layout, tokenizer, readme, location)
 
 
 def source_of_modules(modules: Iterable[nn.Module] | Mapping[str, nn.Module]) -> ModelSource:
@@ -91,9 +90,14 @@ def source_of_modules(modules: Iterable[nn.Module] | Mapping[str, nn.Module]) ->
         raise ConfigError("the first of the modules must be a Transformer that has its tokenizer")
     layout = Layout(parts[0].task, tuple((type(part).__name__, "") for part in parts[1:]))
     place = getattr(parts[0].model, "name_or_path", "")
-    return ModelSource(
-        None, parts, layout, parts[0].tokenizer, head_is_new=False, location=(place, None) if place else None
-    )
+    return ModelSource(None, parts, layout, parts[0].tokenizer, location=(place, None) if place else None)
+
+
+def split_dtype(model_settings: Mapping[str, Any]) -> tuple[torch.dtype, dict[str, Any]]:
+    """The dtype among settings for a transformers model, by either of its names, and the other settings."""
+    rest = dict(model_settings)
+    old, new = rest.pop("torch_dtype", None), rest.pop("dtype", None)
+    return resolve_dtype(old if new is None else new), rest
 
 
 def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype:

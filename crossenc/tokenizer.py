@@ -39,6 +39,8 @@ _OFFSET_POSITION_FAMILIES = {
     "xlm-roberta-xl",
     "xmod",
 }
+#: What a pair that is too long loses tokens of; the first is what applies where nothing is said.
+TRUNCATIONS = ("longest_first", "only_first", "only_second")
 #: Texts per call into the Rust tokenizer, whose results take about 100 bytes a token until copied out.
 _TEXTS_PER_CALL = 512
 
@@ -92,19 +94,29 @@ class Tokenizer(Protocol):
 class PairTokenizer:
     """A checkpoint's fast tokenizer, for (query, document) pairs of at most `max_length` tokens.
 
-    Pairs longer than `max_length` lose tokens of the longer text first (transformers' "longest_first").
+    `truncation` says what a pair longer than `max_length` loses: tokens of the longer text ("longest_first"), or of
+    one of the two alone ("only_first" is the query, "only_second" the document), as long as one is left of it.
     """
 
     max_length: int
     pad_token_id: int
     padding_side: str
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerFast", max_length: int, prompt: str = "") -> None:
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerFast",
+        max_length: int,
+        prompt: str = "",
+        truncation: str = "longest_first",
+    ) -> None:
         """Wrap `tokenizer`; `prompt` stands before every query where a call gives no other.
 
-        Raises ConfigError when `max_length` leaves no room for a token of each text, CheckpointError when the
-        tokenizer cannot encode or pad pairs.
+        Raises ConfigError when `max_length` leaves no room for a token of the texts or `truncation` is unknown,
+        CheckpointError when the tokenizer cannot encode or pad pairs.
         """
+        if truncation not in TRUNCATIONS:
+            raise ConfigError(f"truncation is {truncation!r}: choose from {', '.join(TRUNCATIONS)}")
+        self.truncation = truncation
         if tokenizer.pad_token_id is None:
             raise CheckpointError("the tokenizer cannot pad: set pad_token in tokenizer_config.json")
         self.tokenizer = tokenizer
@@ -113,10 +125,10 @@ class PairTokenizer:
         self.pad_token_id = int(tokenizer.pad_token_id)
         self.padding_side = str(tokenizer.padding_side)
         self._template = _pair_template(tokenizer)
-        if max_length < self._template.num_tokens + 2:
+        if max_length <= self._template.num_tokens:
             raise ConfigError(
                 f"max_length is {max_length}, but a pair has {self._template.num_tokens} special tokens: "
-                f"set max_length to {self._template.num_tokens + 2} or more"
+                f"set max_length to {self._template.num_tokens + 1} or more"
             )
 
     def encode(self, queries: Sequence[str], documents: Sequence[str], prompt: str | None = None) -> TokenizedPairs:
@@ -139,7 +151,20 @@ class PairTokenizer:
             self._tokenise(documents),
             self.max_length,
             keep_ends=self.tokenizer.truncation_side == "left",
+            truncation=self.truncation,
         )
+
+    def encode_text(self, text: str, prompt: str | None = None) -> TokenizedPairs:
+        """Tokenise one text without a document, as the tokenizer has it; otherwise as `encode`."""
+        check_texts([text], "text")
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_padding()
+        backend.enable_truncation(self.max_length, direction=self.tokenizer.truncation_side)
+        encoding = backend.encode((self.prompt if prompt is None else prompt) + text)
+        backend.no_truncation()
+        types = np.array(encoding.type_ids, np.uint8) if self._template.part_types is not None else None
+        offsets = np.array([0, len(encoding.ids)], np.int64)
+        return TokenizedPairs(np.array(encoding.ids, np.int32), offsets, types, np.array([bool(encoding.overflowing)]))
 
     def _tokenise(self, texts: Sequence[str]) -> "Ragged":
         """Token ids of each text without special tokens; equal texts share theirs."""
@@ -172,13 +197,17 @@ def load_tokenizer(
     Raises ConfigError for a `max_length` out of range, CheckpointError if the tokenizer does not load.
     """
     # Imported here because transformers takes seconds to import, which users of a fake need not wait for.
+    from crossenc.chat import ChatTokenizer
     from crossenc.loading import load_config, read_layout
 
     config = load_config(folder)
     layout = read_layout(folder, config)
     if prompt is None:
         prompt = layout.prompts[layout.default_prompt_name] if layout.default_prompt_name else ""
-    return wrap_tokenizer(load_fast_tokenizer(folder), config, layout, max_length, prompt)
+    tokenizer = wrap_tokenizer(load_fast_tokenizer(folder), config, layout, max_length, prompt)
+    if isinstance(tokenizer, ChatTokenizer):
+        tokenizer.check_template()
+    return tokenizer
 
 
 def load_fast_tokenizer(folder: str | Path, settings: Mapping[str, Any] | None = None) -> "PreTrainedTokenizerFast":
@@ -208,18 +237,40 @@ def wrap_tokenizer(
     layout: "Layout",
     max_length: int | None = None,
     prompt: str = "",
+    text_settings: Mapping[str, Any] | None = None,
 ) -> "PairTokenizer | ChatTokenizer":
-    """The tokenizer of pairs that goes with a transformers tokenizer and model; arguments as in `load_tokenizer`."""
+    """The tokenizer of pairs that goes with a transformers tokenizer and model; arguments as in `load_tokenizer`.
+
+    `text_settings` override the checkpoint's own: `max_length` and `truncation`, one of TRUNCATIONS or True for the
+    first. Raises ConfigError for another one.
+    """
     from crossenc.chat import ChatTokenizer
 
+    settings = {**layout.text_settings, **(text_settings or {})}
+    unknown = check_text_settings(settings)
+    if unknown:
+        raise ConfigError(f"the setting {unknown[0]} is not supported: set max_length or truncation alone")
+    truncation = settings.get("truncation", True)
+    if max_length is None:
+        max_length = settings.get("max_length")
     limit = _resolve_max_length(config, tokenizer, max_length)
-    if layout.is_causal and tokenizer.chat_template:
-        return ChatTokenizer(tokenizer, limit, prompt, layout.template_settings)
     if layout.is_causal:
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-    return PairTokenizer(tokenizer, limit, prompt)
+    if tokenizer.chat_template:
+        return ChatTokenizer(tokenizer, limit, prompt, layout.template_settings)
+    return PairTokenizer(tokenizer, limit, prompt, TRUNCATIONS[0] if truncation is True else truncation)
+
+
+def check_text_settings(settings: Mapping[str, Any]) -> list[str]:
+    """Those settings of a tokenizer's call that are not supported, as text; padding to the longest changes nothing."""
+    supported = {"max_length": None, "truncation": (True, *TRUNCATIONS), "padding": (True, "longest")}
+    return [
+        f"{name}={value!r}"
+        for name, value in settings.items()
+        if name not in supported or ((choices := supported[name]) is not None and value not in choices)
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,12 +303,19 @@ class PairTemplate:
     def num_tokens(self) -> int:
         return sum(map(len, self.special_ids))
 
-    def join(self, queries: Ragged, documents: Ragged, max_length: int, keep_ends: bool = False) -> TokenizedPairs:
+    def join(
+        self,
+        queries: Ragged,
+        documents: Ragged,
+        max_length: int,
+        keep_ends: bool = False,
+        truncation: str = TRUNCATIONS[0],
+    ) -> TokenizedPairs:
         """Make pair p of query p and document p, cut to `max_length` tokens, special ones included.
 
         A text that is cut keeps its first tokens, or its last ones if `keep_ends`.
         """
-        query_kept, document_kept = _longest_first(queries.lengths, documents.lengths, max_length - self.num_tokens)
+        query_kept, document_kept = _kept(truncation, queries.lengths, documents.lengths, max_length - self.num_tokens)
         truncated = query_kept + document_kept < queries.lengths + documents.lengths
         queries, documents = queries.cut(query_kept, keep_ends), documents.cut(document_kept, keep_ends)
         before, between, after = self.special_ids
@@ -333,6 +391,23 @@ def _longest_first(
         ]
     )
     return np.where(lengths.sum(axis=0) <= room, lengths, cut)
+
+
+def _kept(
+    truncation: str, query_lengths: NDArray[np.int64], document_lengths: NDArray[np.int64], room: int
+) -> NDArray[np.int64]:
+    """Tokens that each query and document keep, int64 [2, P], when a pair may hold `room` text tokens.
+
+    A text that is to stay whole and leaves the other no token is cut after all, as in "longest_first".
+    """
+    lengths = np.stack([query_lengths, document_lengths])
+    balanced = _longest_first(query_lengths, document_lengths, room)
+    if truncation == "longest_first":
+        return balanced
+    cut, whole = (0, 1) if truncation == "only_first" else (1, 0)
+    one_sided = lengths.copy()
+    one_sided[cut] = np.minimum(lengths[cut], room - lengths[whole])
+    return np.where((one_sided[cut] > 0) | (lengths.sum(axis=0) <= room), one_sided, balanced)
 
 
 def _resolve_max_length(

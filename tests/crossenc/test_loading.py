@@ -33,7 +33,7 @@ def edit_json(path: Path, **changes: object) -> None:
 
 def load_model(folder: Path, **settings: Any) -> PreTrainedModel:
     """The transformers model of a classic checkpoint."""
-    return load_parts(folder, read_layout(folder), **settings).parts[0].model
+    return load_parts(folder, read_layout(folder), **settings)[0].model
 
 
 def activation_of(folder: Path) -> str:

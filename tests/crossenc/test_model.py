@@ -1,12 +1,16 @@
+import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModel, AutoTokenizer
 
 from crossenc import CrossEncoder
 from crossenc.errors import CheckpointError, ConfigError, InputError, ScoreError
+from crossenc.modules import Dense, Pooling, Transformer
 from crossenc.testing import tiny_checkpoint
 
 PAIRS = [("what is water", "the river"), ("why", "stone " * 300), ("", ""), ("what is water", "the river")]
@@ -149,7 +153,6 @@ def test_training_mode_is_restored(model: CrossEncoder) -> None:
         ([("a", "b"), "ab"], "input 1 is not a"),
         (["a", "b", "c"], "input 0 is not a"),
         (("a",), "input 0 is not a"),
-        ("a text", "not a single text"),
         ({"query": "a"}, "mapping"),
         ([("a", "\udc80")], "document 0 has a lone surrogate"),
     ],
@@ -168,16 +171,16 @@ def test_arguments_of_older_versions_still_work_and_warn(model: CrossEncoder, fo
     expected = model.predict(PAIRS)
     with pytest.warns(DeprecationWarning, match="write batch_size="):
         np.testing.assert_allclose(model.predict(PAIRS, 64), expected, atol=1e-6)
-    with pytest.warns(DeprecationWarning, match="'sentences' .* write 'inputs'"):
+    with pytest.warns(DeprecationWarning, match="`sentences` .* write `inputs`"):
         np.testing.assert_allclose(model.predict(sentences=PAIRS), expected, atol=1e-6)
-    with pytest.warns(DeprecationWarning, match="'num_workers' .* has no effect"):
+    with pytest.warns(DeprecationWarning, match="`num_workers` .* has no effect"):
         np.testing.assert_allclose(model.predict(PAIRS, num_workers=2), expected, atol=1e-6)
-    with pytest.warns(DeprecationWarning, match="write 'activation_fn'"):
+    with pytest.warns(DeprecationWarning, match="write `activation_fn`"):
         raw = model.predict(PAIRS, activation_fct=torch.nn.Identity())
     with pytest.warns(DeprecationWarning, match="by name only"):
         old = CrossEncoder(folder, 1, 64)
     assert (old.num_labels, old.max_length) == (1, 64)
-    with pytest.warns(DeprecationWarning, match="'default_activation_function' .* write 'activation_fn'"):
+    with pytest.warns(DeprecationWarning, match="`default_activation_function` .* write `activation_fn`"):
         old = CrossEncoder(folder, default_activation_function=torch.nn.Identity())
     np.testing.assert_allclose(old.predict(PAIRS), raw, atol=1e-6)
     for old_name in ("automodel_args", "tokenizer_args", "config_args"):
@@ -227,7 +230,7 @@ def test_ranking_nothing_gives_nothing(model: CrossEncoder) -> None:
 def test_ranking_refuses_a_negative_top_k_and_several_labels(model: CrossEncoder, three_labels: CrossEncoder) -> None:
     with pytest.raises(ValueError, match="top_k is -1"):
         model.rank("water", DOCUMENTS, top_k=-1)
-    with pytest.raises(ValueError, match="3 labels: use predict"):
+    with pytest.raises(ValueError, match=r"only works for models with num_labels=1.*This model has 3"):
         three_labels.rank("water", DOCUMENTS)
 
 
@@ -259,8 +262,6 @@ def test_an_unknown_dtype_is_refused_with_the_choices(folder: Path, dtype: Any) 
 
 
 def test_settings_that_do_not_fit_the_checkpoint_are_refused(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="max_length is 129"):
-        CrossEncoder(folder, max_length=129)
     with pytest.raises(ConfigError, match="max_batch_tokens is 0"):
         CrossEncoder(folder, max_batch_tokens=0)
     with pytest.raises(CheckpointError, match="num_labels"):
@@ -335,8 +336,18 @@ def test_the_limit_of_a_loaded_model_can_be_changed(folder: Path) -> None:
     model.max_length = 20
     assert (model.max_length, model.max_seq_length) == (20, 20)
     assert model.preprocess([PAIRS[1]])["input_ids"].shape == (1, 20)
-    with pytest.raises(ConfigError, match="max_length is 500"):
-        model.max_length = 500
+
+
+def test_more_tokens_than_the_model_has_positions_for_become_what_it_has_with_a_warning(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("WARNING", "crossenc"):
+        model = CrossEncoder(folder, device="cpu", max_length=8192)
+    assert "max_length is 8192, but the model has positions for 128 tokens" in caplog.text
+    assert (model.max_length, model.tokenizer.model_max_length) == (128, 128)
+    assert CrossEncoder(folder, device="cpu", processor_kwargs={"model_max_length": 8192}).max_length == 128
+    model.max_length = 129
+    assert model.preprocess([("water " * 200, "stone")])["input_ids"].shape == (1, 128)
 
 
 def test_a_compiled_model_scores_the_same(folder: Path) -> None:
@@ -360,3 +371,84 @@ def test_an_evaluator_is_called_with_the_model_and_a_folder(model: CrossEncoder,
     model.evaluate(lambda *args: called.append(args), str(tmp_path / "new"))
     assert called == [(model, str(tmp_path / "new"))]
     assert (tmp_path / "new").is_dir()
+
+
+def backbone_of(folder: Path, place: Path) -> Path:
+    AutoModel.from_pretrained(folder).save_pretrained(place)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(place)
+    return place
+
+
+def test_a_new_head_scores_once_any_training_loop_has_changed_it(folder: Path, tmp_path: Path) -> None:
+    model = CrossEncoder(backbone_of(folder, tmp_path / "backbone"), device="cpu")
+    assert model.head_is_new
+    with pytest.raises(CheckpointError, match="new and random"):
+        model.save_pretrained(tmp_path / "saved")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.logits(PAIRS).sum().backward()
+    assert copy.deepcopy(model).head_is_new
+    optimizer.step()
+    assert not model.head_is_new
+    model.save_pretrained(tmp_path / "saved")
+    np.testing.assert_allclose(
+        CrossEncoder(tmp_path / "saved", device="cpu").predict(PAIRS), model.predict(PAIRS), atol=1e-6
+    )
+
+
+def test_a_backbone_gets_one_label_unless_told_otherwise(folder: Path, tmp_path: Path) -> None:
+    place = backbone_of(folder, tmp_path / "backbone")
+    config = json.loads((place / "config.json").read_text())
+    for name in ("id2label", "label2id"):  # as pretrained backbones are: transformers counts two labels then
+        config.pop(name, None)
+    (place / "config.json").write_text(json.dumps(config))
+    assert CrossEncoder(place, device="cpu").num_labels == 1
+    assert CrossEncoder(place, device="cpu", num_labels=3).num_labels == 3
+
+
+def test_an_activation_that_is_not_known_becomes_the_default_with_a_warning(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = CrossEncoder(folder, device="cpu")
+    model.save_pretrained(tmp_path)
+    for name in ("config.json", "config_sentence_transformers.json"):
+        text = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(text.replace("torch.nn.modules.activation.Sigmoid", "evil.Activation"))
+    with caplog.at_level("WARNING", "crossenc"):
+        loaded = CrossEncoder(tmp_path, device="cpu")
+    assert "'evil.Activation' is not trusted, using default activation function" in caplog.text
+    assert isinstance(loaded.activation_fn, torch.nn.Sigmoid)
+
+
+def test_a_softmax_over_the_labels_is_loaded_again(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "three", num_labels=3)
+    model = CrossEncoder(folder, device="cpu", activation_fn=torch.nn.Softmax(dim=-1))
+    model.save_pretrained(tmp_path / "saved")
+    scores = CrossEncoder(tmp_path / "saved", device="cpu").predict(PAIRS)
+    np.testing.assert_allclose(scores, model.predict(PAIRS), atol=1e-6)
+    np.testing.assert_allclose(scores.sum(axis=1), 1, atol=1e-6)
+
+
+def test_a_model_can_be_put_together_from_parts_that_load_folders(folder: Path, tmp_path: Path) -> None:
+    transformer = Transformer(backbone_of(folder, tmp_path / "backbone"), max_seq_length=30)
+    width = transformer.get_embedding_dimension()
+    weight = torch.arange(width, dtype=torch.float32).unsqueeze(0) / width
+    head = Dense(width, 1, bias=False, activation_function=None, init_weight=weight, module_output_name="scores")
+    model = CrossEncoder(modules=[transformer, Pooling(width, pooling_mode="lasttoken"), head], device="cpu")
+    assert (model.max_length, model.num_labels) == (30, 1)
+    features = transformer(model.preprocess(PAIRS[:1]))
+    expected = float((weight[0] * features["token_embeddings"][0, -1].detach()).sum())
+    assert model.predict(PAIRS[:1], activation_fn=torch.nn.Identity())[0] == pytest.approx(expected, 1e-4)
+    classifier = CrossEncoder(modules=[Transformer(folder, transformer_task="sequence-classification")], device="cpu")
+    np.testing.assert_allclose(classifier.predict(PAIRS), CrossEncoder(folder, device="cpu").predict(PAIRS), atol=1e-6)
+    fresh = CrossEncoder(
+        modules=[Transformer(tmp_path / "backbone", transformer_task="sequence-classification")], device="cpu"
+    )
+    with pytest.raises(CheckpointError, match="new and random"):
+        fresh.predict(PAIRS)
+
+
+def test_one_pair_or_text_is_told_from_several(model: CrossEncoder) -> None:
+    single = [("a", "b"), ["a", "b"], np.array(["a", "b"]), "a text"]
+    several = [[("a", "b")], [["a", "b"], ["c", "d"]], np.array([["a", "b"]]), np.array([], dtype=str), []]
+    assert [model.is_singular_input(inputs) for inputs in single] == [True] * 4
+    assert [model.is_singular_input(inputs) for inputs in several] == [False] * 5

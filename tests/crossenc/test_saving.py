@@ -32,7 +32,6 @@ def test_settings_survive_saving(model: CrossEncoder, tmp_path: Path) -> None:
     again = CrossEncoder(tmp_path / "saved", device="cpu")
     assert (again.max_length, again.default_prompt_name, again.prompts) == (40, "web", {"web": "the city "})
     np.testing.assert_allclose(again.predict(PAIRS), model.predict(PAIRS), atol=1e-6)
-    assert model.tokenizer.model_max_length == 128  # as it was
 
 
 def test_the_dtype_is_kept(tmp_path: Path) -> None:
@@ -69,7 +68,7 @@ def test_a_model_put_together_from_parts_scores_saves_and_loads(tmp_path: Path) 
     classic = CrossEncoder(tiny_checkpoint(tmp_path / "plain"), device="cpu")
     torch.manual_seed(0)
     parts = [
-        Transformer(classic.model.bert, "feature-extraction", tokenizer=classic.tokenizer),
+        Transformer(classic.model.bert, transformer_task="feature-extraction", tokenizer=classic.tokenizer),
         Pooling(32, ["cls", "mean"]),
         Dense(64, 16),
         LayerNorm(16),

@@ -210,11 +210,80 @@ def test_a_prompt_is_put_where_the_model_expects_it(tmp_path: Path) -> None:
     assert abs(ours.predict(PAIRS, prompt="of the winter ") - ours.predict(PAIRS)).max() > 1e-3
 
 
-def test_a_bi_encoder_is_told_apart(tmp_path: Path) -> None:
-    folder = head(tmp_path)
-    edit_json(folder / "config_sentence_transformers.json", model_type="SentenceTransformer")
-    with pytest.raises(CheckpointError, match="is a SentenceTransformer, which embeds texts one by one"):
-        CrossEncoder(folder)
+def test_a_bi_encoder_is_the_backbone_of_a_new_cross_encoder_without_its_prompts(tmp_path: Path) -> None:
+    head(tmp_path)
+    with quiet_transformers():
+        embedder = sentence_transformers.SentenceTransformer(
+            str(tmp_path / "backbone"), device="cpu", prompts={"query": "find: "}, default_prompt_name="query"
+        )
+        embedder.save_pretrained(str(tmp_path / "embedder"), create_model_card=False)
+    model = CrossEncoder(tmp_path / "embedder")
+    assert (model.num_labels, model.prompts, model.default_prompt_name) == (1, {}, None)
+    assert torch.equal(
+        model.model.bert.embeddings.word_embeddings.weight, embedder[0].model.embeddings.word_embeddings.weight
+    )
+    with pytest.raises(CheckpointError, match="the head of embedder is new and random"):
+        model.predict(PAIRS)
+
+
+@pytest.mark.parametrize("text", ["what is water", "the river " * 100, ""])
+def test_a_text_alone_scores_the_same(text: str, tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "checkpoint")
+    ours, theirs = CrossEncoder(folder, device="cpu"), reference(folder)
+    score = ours.predict(text)
+    assert isinstance(score, np.float32)
+    assert abs(score - theirs.predict(text)) <= TOLERANCE
+
+
+def test_a_chat_template_is_used_for_classification_models_too(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "checkpoint")
+    settings = {"processor_kwargs": {"chat_template": TEMPLATE}}
+    ours = CrossEncoder(folder, device="cpu", **settings)
+    theirs = reference(folder, **settings)
+    for inputs in (PAIRS, "what is water"):
+        np.testing.assert_allclose(ours.predict(inputs), theirs.predict(inputs), rtol=0, atol=TOLERANCE)
+    assert abs(ours.predict(PAIRS) - CrossEncoder(folder, device="cpu").predict(PAIRS)).max() > 1e-3
+    ours.save_pretrained(tmp_path / "saved")
+    np.testing.assert_allclose(
+        reference(tmp_path / "saved").predict(PAIRS), ours.predict(PAIRS), rtol=0, atol=TOLERANCE
+    )
+
+
+def test_a_template_without_the_roles_is_refused_until_it_is_replaced(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "checkpoint")
+    only_user = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    model = CrossEncoder(folder, device="cpu", processor_kwargs={"chat_template": only_user})
+    with pytest.raises(CheckpointError, match="cannot carry a 'query'/'document' pair, it leaves the query out"):
+        model.predict(PAIRS)
+    model.processor.chat_template = TEMPLATE
+    theirs = reference(folder, processor_kwargs={"chat_template": TEMPLATE})
+    np.testing.assert_allclose(model.predict(PAIRS), theirs.predict(PAIRS), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "text_settings",
+    [
+        {"max_length": 20, "truncation": True},
+        {"max_length": 30, "truncation": "only_second"},
+        {"max_length": 40, "truncation": "only_first"},
+    ],
+)
+def test_how_texts_are_cut_can_be_set_for_a_call_and_in_a_checkpoint(
+    text_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = tiny_checkpoint(tmp_path / "checkpoint")
+    pairs = [("what is water " * 8, "the river and the city " * 5), ("how", "bread")]
+    ours, theirs = CrossEncoder(folder, device="cpu"), reference(folder)
+    expected = theirs.predict(pairs, processing_kwargs={"text": text_settings})
+    found = ours.predict(pairs, processing_kwargs={"text": text_settings})
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
+    assert abs(found - ours.predict(pairs)).max() > 1e-3
+    theirs.save_pretrained(str(tmp_path / "saved"))
+    edit_json(tmp_path / "saved" / "sentence_bert_config.json", processing_kwargs={"text": text_settings})
+    loaded = CrossEncoder(tmp_path / "saved", device="cpu")
+    np.testing.assert_allclose(loaded.predict(pairs), expected, rtol=0, atol=TOLERANCE)
+    loaded.save_pretrained(tmp_path / "again")
+    np.testing.assert_allclose(reference(tmp_path / "again").predict(pairs), expected, rtol=0, atol=TOLERANCE)
 
 
 def test_five_hundred_real_pairs_score_the_same_classic_and_modular(shared_data: Path, tmp_path: Path) -> None:
