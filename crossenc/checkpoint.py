@@ -18,7 +18,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError, safe_open
 
-from crossenc.errors import CheckpointError, ConfigError, InputError, StorageError
+from crossenc.errors import CheckpointError, ConfigError, CrossEncError, InputError, StorageError
 
 #: The kinds of files that a checkpoint is made of; nothing else is copied, pickled weights least of all.
 _SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja")
@@ -35,6 +35,8 @@ _VERSION_KEYS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modif
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 #: Folders inside a checkpoint that hold parts of the model, such as 1_Pooling.
 _PART_FOLDER = re.compile(r"\d+_[A-Za-z]+")
+#: What a folder holds in place of config.json when it is an adapter, and where its weights are.
+ADAPTER_FILE, ADAPTER_WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
 def fetch(
@@ -45,6 +47,7 @@ def fetch(
     storage_options: Mapping[str, object] | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
+    adapter_allowed: bool = False,
 ) -> Path:
     """Return a local, checked checkpoint folder for `source`, copying it to this machine at most once.
 
@@ -52,8 +55,8 @@ def fetch(
     default $CROSSENC_CACHE or ~/.cache/crossenc, again only when a file there changed), or a Hugging Face hub
     id with an optional `@revision` (kept in the hub's own cache unless `cache_dir` is given).
     `storage_options` go to the fsspec filesystem of a URI, `token` to the hub, which `local_files_only` keeps from
-    being asked. Several processes may fetch the same source at
-    once, and any of them may be killed.
+    being asked. Several processes may fetch the same source at once, and any of them may be killed. With
+    `adapter_allowed` it may be an adapter's folder, whose base model `fetch_base` gives.
     Raises InputError when `source` is none of these or does not exist, StorageError when it cannot be read,
     CheckpointError when what is there is not a complete checkpoint.
     """
@@ -65,13 +68,38 @@ def fetch(
         folder = _fetch_uri(text, root, storage_options or {})
     else:
         folder = _fetch_from_hub(text, revision, cache_dir, token, local_files_only)
-    check_folder(folder)
+    if adapter_allowed and (folder / ADAPTER_FILE).exists():
+        _check_adapter(folder)
+    else:
+        check_folder(folder)
     return folder
+
+
+def fetch_base(folder: Path, **places: Any) -> Path | None:
+    """The local, checked folder of the model that the adapter in `folder` was made for; None if it is no adapter.
+
+    `places` are settings of `fetch`, which gets the base and raises its errors.
+    """
+    if not (folder / ADAPTER_FILE).exists():
+        return None
+    settings = read_json(folder / ADAPTER_FILE)
+    base = settings.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise CheckpointError(f"{folder / ADAPTER_FILE} names no base model: write it there as base_model_name_or_path")
+    try:
+        return fetch(base, revision=settings.get("revision"), **places)
+    except CrossEncError as error:
+        raise type(error)(f"the base model of the adapter {folder} cannot be used: {error}") from error
 
 
 def check_folder(folder: str | Path) -> None:
     """Raise CheckpointError, naming the file and the remedy, unless `folder` holds a whole checkpoint."""
     folder = Path(folder)
+    if (folder / ADAPTER_FILE).exists():
+        raise CheckpointError(
+            f"{folder} is an adapter, which only CrossEncoder loads: load it there, call merge_adapters() and save the"
+            " whole model"
+        )
     read_json(folder / "config.json")
     if not any(path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)):
         raise CheckpointError(f"{folder} has no tokenizer: save tokenizer.json beside config.json")
@@ -233,6 +261,20 @@ def _impostor(path: Path) -> str:
     return ""
 
 
+def _check_adapter(folder: Path) -> None:
+    others = sorted(path.name for path in folder.glob("*.safetensors*") if path.name != ADAPTER_WEIGHTS_FILE)
+    if others:
+        raise CheckpointError(f"{folder} holds an adapter and also {', '.join(others)}: keep them in two folders")
+    if not (folder / ADAPTER_WEIGHTS_FILE).exists():
+        raise CheckpointError(
+            f"{folder} has no {ADAPTER_WEIGHTS_FILE}: copy it again, or where it has adapter_model.bin and you trust"
+            " the source, load the adapter there and call save_pretrained()"
+        )
+    if read_json(folder / ADAPTER_FILE).get("megatron_config") is not None:
+        raise CheckpointError(f"{folder / ADAPTER_FILE} asks for Megatron, whose code it names itself: unset it")
+    _check_weights(folder)
+
+
 def _check_weights(folder: Path) -> None:
     weights = sorted(folder.glob("*.safetensors"))
     index_path = folder / "model.safetensors.index.json"
@@ -244,10 +286,11 @@ def _check_weights(folder: Path) -> None:
             "model there and calling save_pretrained()"
         )
     if index_path.exists():
-        listed = set(read_json(index_path)["weight_map"].values())
-        absent = sorted(listed - {path.name for path in weights})
+        absent = sorted(_listed_shards(index_path) - {path.name for path in weights})
         if absent:
             raise CheckpointError(f"{folder} lacks {', '.join(absent)}, listed in {index_path.name}: copy it again")
+    elif not any((folder / name).exists() for name in ("model.safetensors", ADAPTER_WEIGHTS_FILE)):
+        raise CheckpointError(f"{folder} has {weights[0].name} but no {index_path.name}: copy the whole checkpoint")
     for path in weights:
         try:
             with safe_open(path, framework="numpy"):
@@ -256,3 +299,18 @@ def _check_weights(folder: Path) -> None:
             raise CheckpointError(
                 f"{path} is not a whole safetensors file{_impostor(path)} ({error}): download it again"
             ) from error
+
+
+def _listed_shards(index_path: Path) -> set[str]:
+    """The files that an index of sharded weights names, all of them directly beside it."""
+    index = read_json(index_path)
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise CheckpointError(f"{index_path} has no weight_map from weights to files: download it again")
+    listed = set(places.values())
+    strange = sorted(name for name in listed if Path(name).name != name or not name.endswith(".safetensors"))
+    if strange:
+        raise CheckpointError(
+            f"{index_path} names {strange[0]!r}, which is no safetensors file directly in the folder: correct it"
+        )
+    return listed

@@ -5,6 +5,7 @@ model by an evaluator is kept. Knows no cluster; jobs for many workers are anoth
 """
 
 import contextlib
+import logging
 import math
 import statistics
 import time
@@ -18,12 +19,14 @@ from torch import Tensor, nn
 from transformers import optimization
 
 from crossenc.activations import activation_name
-from crossenc.card import describe_dataset
+from crossenc.card import describe_dataset, measured_emissions
 from crossenc.errors import ConfigError, InputError, ScoreError
 from crossenc.losses import TextLoss
 
 if TYPE_CHECKING:
     from crossenc.model import CrossEncoder
+
+logger = logging.getLogger(__name__)
 
 #: Steps between two figures of the training loss in the model card's log.
 LOG_STEPS = 500
@@ -111,7 +114,10 @@ class FitMixin:
         model = cast("CrossEncoder", self)
         activation_fct = activation_fct or nn.Identity()
         loss = text_loss(model, loss_fct, activation_fct)
-        record_start(model, train_dataloader, settings, loss_fct, activation_fct)
+        try:
+            record_start(model, train_dataloader, settings, loss_fct, activation_fct)
+        except Exception:  # a card must never cost a model
+            logger.warning("what training starts with could not be noted for the model card", exc_info=True)
         fit(model, train_dataloader, loss, settings, evaluator, callback)
 
 
@@ -127,11 +133,16 @@ def fit(
 
     `loss` maps a batch to a scalar. After each epoch, and each `evaluation_steps`, `evaluator` is called and
     `callback(value, epoch, step)` told; the best model by it is saved to `output_path`, or without an evaluator the
-    last one. Raises ScoreError when the loss is not finite, InputError when there are no batches.
+    last one. Raises ScoreError when the loss is not finite, InputError when there are no batches, ConfigError when all
+    weights are frozen.
     """
     num_batches = len(batches)  # type: ignore[arg-type]
     if num_batches == 0:
         raise InputError("there is nothing to train on: the data loader gives no batches")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            "all weights are frozen: load the adapter with is_trainable=True, add a new one, or call requires_grad_()"
+        )
     optimizer = settings.optimizer_class(_parameter_groups(model, settings.weight_decay), **settings.optimizer_params)
     schedule = _schedule(settings, optimizer, num_batches * settings.epochs)
     keeper = _BestKeeper(model, settings, evaluator, callback)
@@ -139,7 +150,7 @@ def fit(
     parameters = [p for p in model.parameters() if p.requires_grad]
     step, losses, started = 0, list[float](), time.monotonic()
     card = model.model_card_data
-    with _progress(num_batches * settings.epochs, settings.show_progress_bar) as advance:
+    with measured_emissions(card), _progress(num_batches * settings.epochs, settings.show_progress_bar) as advance:
         for epoch in range(settings.epochs):
             for batch in batches:
                 model.train()

@@ -26,6 +26,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from crossenc.activations import named_activation
+from crossenc.adapters import put_saved_adapter
 from crossenc.checkpoint import read_json
 from crossenc.errors import CheckpointError, ConfigError
 from crossenc.modules import PARTS, Dense, LogitScore, Transformer
@@ -143,6 +144,7 @@ def load_parts(
     folder: str | Path,
     layout: Layout,
     *,
+    base: Path | None = None,
     num_labels: int | None = None,
     dtype: torch.dtype,
     config_settings: Mapping[str, Any] | None = None,
@@ -151,24 +153,34 @@ def load_parts(
 ) -> list[nn.Module]:
     """The parts of the model on the CPU, in eval mode; the last one gives "scores".
 
-    `num_labels` overrides what the checkpoint states; `config_settings` and `model_settings` go to transformers.
-    With `new_head_allowed` a backbone without a head gets a random one, to be trained.
+    `base` is the folder of the model that `folder` is an adapter of, if it is one. `num_labels` overrides what the
+    checkpoint states; `config_settings` and `model_settings` go to transformers. With `new_head_allowed` a backbone
+    without a head gets a random one, to be trained.
     Raises CheckpointError when a weight is missing, has another shape than its configuration says or is not finite
     in `dtype`.
     """
     folder = Path(folder)
-    config = load_config(folder, config_settings)
-    if layout.task == "sequence-classification":
+    config = load_config(base or folder, config_settings)
+    is_classifier = layout.task == "sequence-classification"
+    if is_classifier:
         set_num_labels(config, num_labels)
-    model, missing = load_model(folder, config, layout.task, dtype, model_settings)
-    if missing and not (new_head_allowed and _is_head(missing, model)):
+    model, missing = load_model(base or folder, config, layout.task, dtype, model_settings)
+    base_lacks_head = bool(missing)
+    if base is not None:
+        with quiet_transformers():
+            missing = put_saved_adapter(model, folder, missing)
+    may_lack_head = new_head_allowed and is_classifier and not _claims_head(config)
+    if missing and not (may_lack_head and _is_head(missing, model)):
         raise CheckpointError(
             f"{folder} lacks {', '.join(missing[:5])}: it is not a trained cross-encoder; train its head first"
         )
     transformer = Transformer(model, transformer_task=layout.task)
     transformer.remember_new(missing)
+    transformer.base_lacks_head = base_lacks_head
     parts: list[nn.Module] = [transformer]
-    parts += [PARTS[kind].load(folder / place).to(dtype) for kind, place in layout.parts]
+    for kind, place in layout.parts:
+        parts.append(PARTS[kind].load(folder / place).to(dtype))
+        _check_finite(parts[-1], folder / place)
     if layout.is_causal and not layout.parts:
         parts.append(_yes_or_no(folder))
     if layout.task == "feature-extraction" and not (
@@ -186,11 +198,16 @@ def _is_head(missing: list[str], model: PreTrainedModel) -> bool:
     return not any(name.startswith(f"{model.base_model_prefix}.") for name in missing)
 
 
+def _claims_head(config: PretrainedConfig) -> bool:
+    """Whether the checkpoint says that it has a head for classification."""
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+
+
 def set_num_labels(config: PretrainedConfig, num_labels: int | None) -> None:
     """Set the labels of a classification model; those of a backbone, which states none, are one by default."""
     if num_labels is not None:
         config.num_labels = num_labels
-    elif not (config.architectures or [""])[0].endswith("ForSequenceClassification"):
+    elif not _claims_head(config):
         config.num_labels = 1
 
 
@@ -230,7 +247,7 @@ def load_config(folder: str | Path, settings: Mapping[str, Any] | None = None) -
     """Read config.json. Raises CheckpointError when transformers has no class of its own for it."""
     try:
         with quiet_transformers():
-            return AutoConfig.from_pretrained(
+            config: PretrainedConfig = AutoConfig.from_pretrained(
                 str(folder), trust_remote_code=False, local_files_only=True, **(settings or {})
             )
     except Exception as error:
@@ -238,6 +255,7 @@ def load_config(folder: str | Path, settings: Mapping[str, Any] | None = None) -
             f"{folder}/config.json is not of a model that transformers itself knows, and code that comes "
             f"with a checkpoint is never run: {error}"
         ) from error
+    return config
 
 
 def load_model(
@@ -274,14 +292,18 @@ def load_model(
         )
     unused = _UNUSED_WEIGHTS if task == "feature-extraction" else "\0"
     missing = sorted(name for name in info["missing_keys"] if not name.startswith(unused))
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(
-                f"{name} of {folder} has weights that are NaN or infinite in {dtype}: "
-                "load it in float32 or bfloat16, or use an earlier checkpoint of the training run"
-            )
+    _check_finite(model, folder)
     model.eval()
     return model, missing
+
+
+def _check_finite(part: nn.Module, folder: str | Path) -> None:
+    for name, tensor in part.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(
+                f"{name} of {folder} has weights that are NaN or infinite in {tensor.dtype}: "
+                "load it in float32 or bfloat16, or use an earlier checkpoint of the training run"
+            )
 
 
 def resolve_activation(layout: Layout, num_labels: int) -> nn.Module:

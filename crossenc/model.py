@@ -19,10 +19,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from crossenc.adapters import AdapterMixin
+from crossenc.adapters import AdapterMixin, has_adapters
 from crossenc.card import CrossEncoderModelCardData
 from crossenc.chat import ChatTokenizer
-from crossenc.checkpoint import fetch
+from crossenc.checkpoint import fetch, fetch_base
 from crossenc.deprecation import accepts_old_arguments, warn_deprecated
 from crossenc.engine import Activation, Engine, default_batch_tokens, default_device
 from crossenc.errors import CheckpointError, ConfigError, InputError
@@ -125,17 +125,14 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
         if modules is not None:
             source = source_of_modules(modules)
         else:
-            folder = fetch(
-                model_name_or_path,  # type: ignore[arg-type]  # one of the two is given
-                revision=revision,
-                cache_dir=cache_folder,
-                storage_options=storage_options,
-                token=token,
-                local_files_only=local_files_only,
-            )
+            places: dict[str, Any] = {"cache_dir": cache_folder, "storage_options": storage_options}
+            places |= {"token": token, "local_files_only": local_files_only}
+            folder = fetch(model_name_or_path, revision=revision, adapter_allowed=True, **places)  # type: ignore[arg-type]  # one of the two is given
             source = source_of_folder(
                 folder,
                 str(model_name_or_path),
+                revision,
+                base=fetch_base(folder, **places),
                 num_labels=stated_labels if num_labels is None else num_labels,
                 dtype=stated_dtype if dtype is None else resolve_dtype(dtype),
                 config_settings=config_settings,
@@ -249,6 +246,25 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
         first = self[0]
         assert isinstance(first, Transformer)
         return first.head_is_new
+
+    @property
+    def base_lacks_head(self) -> bool:
+        """Whether only an adapter holds the head that was trained."""
+        first = self[0]
+        assert isinstance(first, Transformer)
+        return first.base_lacks_head
+
+    @property
+    def base_location(self) -> tuple[str, str | None] | None:
+        """Where the transformers model came from, and its revision on the hub; None once its own weights changed."""
+        return self._source.location
+
+    def mark_merged(self) -> None:
+        """Say that the adapters became part of the model's own weights: called by whoever merged them."""
+        first = self[0]
+        assert isinstance(first, Transformer)
+        first.base_lacks_head = False
+        self._source = replace(self._source, location=None)
 
     @property
     def readme(self) -> str | None:
@@ -574,6 +590,9 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
         first = self[0]
         assert isinstance(first, Transformer)
         first.new_weights = {}
+        if not has_adapters(self.model):
+            first.base_lacks_head = False
+            self._source = replace(self._source, location=None)
 
     def evaluate(self, evaluator: Callable[..., Any], output_path: str | None = None) -> Any:
         """What `evaluator(model, output_path)` returns."""

@@ -11,6 +11,7 @@ Shape letters: B pairs, W tokens of the longest pair, D width of the model, L la
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -23,6 +24,8 @@ from crossenc.activations import activation_name, named_activation
 from crossenc.errors import CheckpointError, ConfigError
 
 Features = dict[str, Any]
+
+_ADAPTERS_COPY = re.compile(r"\.modules_to_save\.[^.]+")
 
 POOLING_MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 
@@ -81,11 +84,6 @@ class Part(nn.Module):
         found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
         if wanted != found:
             raise CheckpointError(f"{path} holds {found}, but its config.json asks for {wanted}: copy it again")
-        unsound = [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]
-        if unsound:
-            raise CheckpointError(
-                f"{unsound[0]} of {path} has weights that are NaN or infinite: use another checkpoint"
-            )
         self.load_state_dict(weights)
 
 
@@ -126,6 +124,7 @@ class Transformer(nn.Module):
             raise ConfigError(f"there is no task {transformer_task!r}: choose from {', '.join(self.OUTPUTS)}")
         self.task = transformer_task
         self.new_weights: dict[str, Tensor] = {}
+        self.base_lacks_head = False
         if isinstance(model_name_or_path, nn.Module):
             self.model, self.tokenizer = model_name_or_path, tokenizer
         else:
@@ -164,7 +163,8 @@ class Transformer(nn.Module):
         """Whether weights that were made up are still what they were."""
         if not self.new_weights:
             return False
-        state = self.model.state_dict()
+        # A head that an adapter trains is a copy of this one, which stays beside it.
+        state = {_ADAPTERS_COPY.sub("", name): weight for name, weight in self.model.state_dict().items()}
         is_new = all(
             torch.equal(state[name].cpu(), made.to(state[name].dtype)) for name, made in self.new_weights.items()
         )

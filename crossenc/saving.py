@@ -8,11 +8,13 @@ The activation also stands in config.json, where versions 4 and 5 and several se
 """
 
 import json
+import logging
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -21,13 +23,18 @@ import torch
 from huggingface_hub import HfApi
 
 from crossenc.activations import activation_name
+from crossenc.adapters import has_adapters, save_adapter
 from crossenc.card import ModelFacts, write_card
+from crossenc.checkpoint import ADAPTER_FILE
 from crossenc.deprecation import accepts_old_arguments
+from crossenc.errors import ConfigError
 from crossenc.loading import MODULES_FILE, OWN_SETTINGS_FILE, TRANSFORMER_FILE, quiet_transformers
 from crossenc.modules import Part, Transformer
 
 if TYPE_CHECKING:
     from crossenc.model import CrossEncoder
+
+logger = logging.getLogger(__name__)
 
 #: The version of sentence-transformers whose layout this is.
 _LAYOUT_VERSION = "6.2.0"
@@ -46,6 +53,7 @@ class SaveMixin:
     ) -> None:
         """Write a checkpoint folder that this library, sentence-transformers 4 to 6 and transformers load.
 
+        Of a model with an adapter the adapter in use is written, without the base model, which its file names.
         With `create_model_card` a README.md is among it: the one that the checkpoint came with, unless the model was
         trained here. `model_name` and `train_datasets` (hub ids) are for the card.
 
@@ -63,28 +71,93 @@ class SaveMixin:
         """The same as `save_pretrained`."""
         self.save_pretrained(path, **settings)
 
-    def push_to_hub(
+    def push_to_hub(  # noqa: PLR0913 - the order that users of this method's namesake may rely on
         self,
         repo_id: str,
-        *,
         token: str | None = None,
         private: bool | None = None,
+        safe_serialization: bool = True,
         commit_message: str | None = None,
+        local_model_path: str | Path | None = None,
         exist_ok: bool = False,
+        replace_model_card: bool = False,
+        train_datasets: Sequence[str] | None = None,
         revision: str | None = None,
         create_pr: bool = False,
+        *,
+        tags: str | Sequence[str] | None = None,
     ) -> str:
-        """Upload the checkpoint to the Hugging Face hub and return the URL of the commit or pull request."""
-        return push_folder(
-            self.save_pretrained,
-            repo_id,
-            token=token,
-            private=private,
-            commit_message=commit_message or "Add a cross-encoder",
-            exist_ok=exist_ok,
-            revision=revision,
-            create_pr=create_pr,
+        """Upload the checkpoint to the Hugging Face hub and return the URL of the commit or pull request.
+
+        `local_model_path` is a saved folder to upload in place of this model. `exist_ok` allows a repository that
+        exists, whose card stays unless `replace_model_card`. `revision` is a branch, made where it is missing. `tags`
+        and `train_datasets` (hub ids) are for the card. Weights are always safetensors.
+        """
+        if not safe_serialization:
+            warnings.warn("safe_serialization has no effect: weights are safetensors", DeprecationWarning, stacklevel=2)
+        model = cast("CrossEncoder", self)
+        api = HfApi(token=token)
+        place = api.create_repo(repo_id, private=private, exist_ok=exist_ok or create_pr, repo_type="model")
+        if revision is not None:
+            api.create_branch(place.repo_id, branch=revision, exist_ok=True)
+        card = model.model_card_data
+        card.model_id = place.repo_id
+        card.tags = [*card.tags, *([tags] if isinstance(tags, str) else tags or ())]
+        keeps_card = (exist_ok or create_pr) and not replace_model_card and _may_have_card(api, place.repo_id, revision)
+        with tempfile.TemporaryDirectory() as folder:
+            upload = local_model_path
+            if upload is None:
+                upload = os.path.join(folder, "model")
+                self.save_pretrained(upload, create_model_card=not keeps_card, train_datasets=train_datasets)
+            done = api.upload_folder(
+                repo_id=place.repo_id,
+                folder_path=str(upload),
+                commit_message=commit_message or "Add a cross-encoder",
+                commit_description=f"A CrossEncoder:\n\n```\n{model}\n```" if create_pr else None,
+                revision=revision,
+                create_pr=create_pr,
+            )
+        return str(done.pr_url or done.commit_url if create_pr else done.commit_url)
+
+    @accepts_old_arguments({"repo_name": "repo_id"})
+    def save_to_hub(  # noqa: PLR0913
+        self,
+        repo_id: str,
+        organization: str | None = None,
+        token: str | None = None,
+        private: bool | None = None,
+        safe_serialization: bool = True,
+        commit_message: str | None = None,
+        local_model_path: str | Path | None = None,
+        exist_ok: bool = False,
+        replace_model_card: bool = False,
+        train_datasets: Sequence[str] | None = None,
+    ) -> str:
+        """The old name of `push_to_hub`; `organization` is the part of `repo_id` before the slash."""
+        warnings.warn("save_to_hub is deprecated: call push_to_hub", DeprecationWarning, stacklevel=3)
+        owner, _, name = repo_id.rpartition("/")
+        if organization and owner not in ("", organization):
+            raise ConfigError(f"{repo_id} is not of the organization {organization}: leave organization out")
+        return self.push_to_hub(
+            f"{organization}/{name}" if organization else repo_id,
+            token,
+            private,
+            safe_serialization,
+            commit_message,
+            local_model_path,
+            exist_ok,
+            replace_model_card,
+            train_datasets,
         )
+
+
+def _may_have_card(api: HfApi, repo_id: str, revision: str | None) -> bool:
+    """Whether a repository of the hub has a README.md; also true where the hub does not say."""
+    try:
+        return bool(api.file_exists(repo_id, "README.md", revision=revision))
+    except Exception:  # what was uploaded before must not be lost for want of an answer
+        logger.warning("whether %s has a model card could not be found out: none is uploaded", repo_id, exc_info=True)
+        return True
 
 
 def save_checkpoint(model: "CrossEncoder", folder: Path, create_model_card: bool = True) -> None:
@@ -103,7 +176,8 @@ def save_checkpoint(model: "CrossEncoder", folder: Path, create_model_card: bool
         if not folder.exists():
             os.replace(unfinished, folder)
             return
-        (folder / MODULES_FILE).unlink(missing_ok=True)
+        for name in (MODULES_FILE, "config.json", ADAPTER_FILE):  # a whole model has no adapter, an adapter no config
+            (folder / name).unlink(missing_ok=True)
         for stale in folder.glob("*.safetensors*"):
             stale.unlink()
         files = [path for path in unfinished.rglob("*") if path.is_file()]
@@ -125,7 +199,10 @@ def _write_parts(model: "CrossEncoder", folder: Path) -> None:
     tokenizer.backend_tokenizer.no_truncation()  # or the limits of the last call would be saved
     tokenizer.backend_tokenizer.no_padding()
     with quiet_transformers():
-        model.model.save_pretrained(str(folder))
+        if has_adapters(model.model):
+            save_adapter(model, folder)
+        else:
+            model.model.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
     for place, part in _places(model):
         if place:
@@ -188,31 +265,3 @@ def _write_settings(model: "CrossEncoder", folder: Path) -> None:
     }
     for name, content in ((TRANSFORMER_FILE, settings), (OWN_SETTINGS_FILE, own), (MODULES_FILE, modules)):
         (folder / name).write_text(json.dumps(content, indent=2, sort_keys=isinstance(content, dict)))
-
-
-def push_folder(
-    save: Callable[[str], None],
-    repo_id: str,
-    *,
-    token: str | None,
-    private: bool | None,
-    commit_message: str,
-    exist_ok: bool,
-    revision: str | None,
-    create_pr: bool,
-) -> str:
-    """Save into a temporary folder, upload it, and return the URL of the commit or pull request."""
-    api = HfApi(token=token)
-    place = api.create_repo(repo_id, private=private, exist_ok=exist_ok or create_pr, repo_type="model")
-    if revision is not None:
-        api.create_branch(place.repo_id, branch=revision, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        save(os.path.join(folder, "model"))
-        done = api.upload_folder(
-            repo_id=place.repo_id,
-            folder_path=os.path.join(folder, "model"),
-            commit_message=commit_message,
-            revision=revision,
-            create_pr=create_pr,
-        )
-    return str(done.pr_url or done.commit_url if create_pr else done.commit_url)

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from crossenc.checkpoint import ADAPTER_FILE, read_json
 from crossenc.errors import ConfigError
-from crossenc.loading import Layout, load_parts, read_layout
+from crossenc.loading import Layout, load_config, load_parts, read_layout
 from crossenc.modules import Transformer
 from crossenc.tokenizer import load_fast_tokenizer
 
@@ -23,6 +24,8 @@ class ModelSource:
 
     `name` is the hub id, or of a folder or URI its last part: enough to know it by, and nothing of the machine.
     `readme` is the card of a local folder.
+    `location` is where the transformers model came from, a folder, URI or hub id, and its revision: what an adapter
+    names as its base. It is None once the weights are others.
     """
 
     name: str | None
@@ -30,12 +33,15 @@ class ModelSource:
     layout: Layout
     tokenizer: PreTrainedTokenizerFast
     readme: str | None = None
+    location: tuple[str, str | None] | None = None
 
 
-def source_of_folder(
+def source_of_folder(  # noqa: PLR0913
     folder: Path,
     given: str,
+    revision: str | None,
     *,
+    base: Path | None = None,
     num_labels: int | None,
     dtype: torch.dtype,
     config_settings: Mapping[str, Any],
@@ -44,12 +50,15 @@ def source_of_folder(
 ) -> ModelSource:
     """Load the local folder of the checkpoint that a user gave as `given`; a head that it lacks is made new.
 
+    `revision` is the hub's, if one was given. `base` is the folder of the base model where the checkpoint is an
+    adapter.
     Raises CheckpointError as `load_parts` does.
     """
-    layout = read_layout(folder)
+    layout = read_layout(folder, load_config(base or folder))
     parts = load_parts(
         folder,
         layout,
+        base=base,
         num_labels=num_labels,
         dtype=dtype,
         config_settings=config_settings,
@@ -61,10 +70,17 @@ def source_of_folder(
     assert isinstance(transformer, Transformer)
     transformer.tokenizer = tokenizer
     is_hub_id = "://" not in given and not Path(given).expanduser().is_dir()
-    name = given.partition("@")[0] if is_hub_id else given.rstrip("/").rpartition("/")[2]
+    name, _, suffix = given.partition("@") if is_hub_id else (given.rstrip("/").rpartition("/")[2], "", "")
+    if base is not None:
+        adapter = read_json(folder / ADAPTER_FILE)
+        location = (adapter["base_model_name_or_path"], adapter.get("revision"))
+    elif is_hub_id:
+        location = (name, revision or suffix or None)
+    else:
+        location = (given if "://" in given else str(folder), None)
     card = folder / "README.md"
     readme = card.read_text(encoding="utf-8") if card.exists() else None
-    return ModelSource(name, parts, layout, tokenizer, readme)
+    return ModelSource(name, parts, layout, tokenizer, readme, location)
 
 
 def source_of_modules(modules: Iterable[nn.Module] | Mapping[str, nn.Module]) -> ModelSource:
@@ -73,7 +89,8 @@ def source_of_modules(modules: Iterable[nn.Module] | Mapping[str, nn.Module]) ->
     if not parts or not isinstance(parts[0], Transformer) or parts[0].tokenizer is None:
         raise ConfigError("the first of the modules must be a Transformer that has its tokenizer")
     layout = Layout(parts[0].task, tuple((type(part).__name__, "") for part in parts[1:]))
-    return ModelSource(None, parts, layout, parts[0].tokenizer)
+    place = getattr(parts[0].model, "name_or_path", "")
+    return ModelSource(None, parts, layout, parts[0].tokenizer, location=(place, None) if place else None)
 
 
 def split_dtype(model_settings: Mapping[str, Any]) -> tuple[torch.dtype, dict[str, Any]]:

@@ -57,8 +57,10 @@ class CrossEncoderModelCardData:
     """What a user says about a model, and what was recorded while it was trained.
 
     `language` is one code or several; `license` an id such as "apache-2.0"; `train_datasets` and `eval_datasets`
-    are dicts with name, id and revision. `model_id` is where the model will be on the hub. `local_files_only` and
-    `generate_widget_examples` are taken for compatibility: a card is always made offline and has no widget.
+    are dicts with name, id and revision. `model_id` is where the model will be on the hub. `emissions` is what
+    training emitted: "emissions" in grams of CO2, "energy_consumed" in kWh, and more about the machine.
+    `local_files_only` and `generate_widget_examples` are taken for compatibility: a card is always made offline and
+    has no widget.
     """
 
     language: str | Sequence[str] | None = None

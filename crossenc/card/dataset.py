@@ -1,5 +1,6 @@
 """A dataset as a model card shows it: size, columns, statistics, samples. Knows columns of values, no model."""
 
+import re
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,11 +10,13 @@ from typing import Any
 
 #: Rows that statistics are taken over, and rows shown.
 STATISTICS_ROWS, SAMPLE_ROWS = 1000, 3
+#: Where the package datasets has a file of the hub from. Only a whole commit hash is a revision that stays.
+_HUB_FILE = re.compile(r"hf://datasets/(?P<id>[^@]+)@((?P<revision>[0-9a-f]{40})/|[^/]*/)")
 
 
 @dataclass(frozen=True, slots=True)
 class DatasetFacts:
-    """What is shown of one dataset. `num_rows` is None of a stream.
+    """What is shown of one dataset. `num_rows` is None where that is not known without reading all of it.
 
     `columns` maps a column's name to its kind; `statistics` to lines such as "mean: 12.5 tokens". `samples` holds
     the first rows as they are.
@@ -56,6 +59,38 @@ def describe_dataset(
         dataset_id=dataset_id,
         revision=revision,
     )
+
+
+def describe_datasets(
+    dataset: Any, count_tokens: Callable[[Sequence[str]], Sequence[int]], *, name: str | None = None
+) -> list[DatasetFacts]:
+    """Facts of a Dataset or an IterableDataset of the package datasets, or of each in a dict of them, by its name.
+
+    Any other rows that are mappings do as well. Only the first rows are read, and none where they can be had once
+    only. The id and the revision on the hub come from where the files were downloaded; a streamed dataset's size is
+    what its origin states, if anything.
+    """
+    if isinstance(dataset, Mapping):
+        return [facts for key, inner in dataset.items() for facts in describe_datasets(inner, count_tokens, name=key)]
+    dataset_id, revision = _origin(getattr(dataset, "download_checksums", None) or {})
+    size = len(dataset) if hasattr(dataset, "__len__") else _stated_size(dataset)
+    shown = name or getattr(getattr(dataset, "info", None), "dataset_name", None) or dataset_id or "Unnamed dataset"
+    rows = () if iter(dataset) is dataset else dataset
+    return [describe_dataset(rows, size, count_tokens, name=shown, dataset_id=dataset_id, revision=revision)]
+
+
+def _origin(checksums: Iterable[str]) -> tuple[str | None, str | None]:
+    """The hub id and the revision that a dataset's files were downloaded from."""
+    for source in checksums:
+        if match := _HUB_FILE.match(source):
+            return match["id"], match["revision"]
+    return None, None
+
+
+def _stated_size(dataset: Any) -> int | None:
+    splits = getattr(getattr(dataset, "info", None), "splits", None) or {}
+    split = splits.get(str(getattr(dataset, "split", None)))
+    return None if split is None else split.num_examples
 
 
 def _describe(values: Sequence[Any], count_tokens: Callable[[Sequence[str]], Sequence[int]]) -> tuple[str, list[str]]:

@@ -56,6 +56,7 @@ def render_card(data: CrossEncoderModelCardData, facts: ModelFacts) -> str:
         log_rows=data.logs,
         folds_logs=len(data.logs) > _MAX_OPEN_LOG_ROWS,
         folds_datasets=len(data.training) > _MAX_OPEN_DATASETS,
+        emission_lines=_emission_lines(data.emissions),
         versions=_versions(),
     )
     return f"---\n{_front_matter(data, facts)}---\n\n{body}"
@@ -64,11 +65,11 @@ def render_card(data: CrossEncoderModelCardData, facts: ModelFacts) -> str:
 def write_card(folder: Path, data: CrossEncoderModelCardData, facts: ModelFacts) -> None:
     """Write README.md into `folder`. Whatever fails in making it is logged; a short card is written then."""
     try:
-        card = render_card(data, facts)
+        card = render_card(data, facts).encode()
     except Exception:  # a card must never cost a model
         logger.warning("the model card could not be made; a short one is saved", exc_info=True)
-        card = "---\nlibrary_name: sentence-transformers\npipeline_tag: text-ranking\n---\n\n# CrossEncoder\n"
-    (folder / "README.md").write_text(card, encoding="utf-8")
+        card = b"---\nlibrary_name: sentence-transformers\npipeline_tag: text-ranking\n---\n\n# CrossEncoder\n"
+    (folder / "README.md").write_bytes(card)
 
 
 def inline(text: object) -> str:
@@ -107,7 +108,32 @@ def _example_pairs(data: CrossEncoderModelCardData) -> Sequence[tuple[str, str]]
 
 def _dataset_names(data: CrossEncoderModelCardData) -> list[str]:
     named = [str(dataset.get("name") or dataset.get("id")) for dataset in data.train_datasets]
-    return named or [dataset.name for dataset in data.training]
+    return named or [dataset.dataset_id or dataset.name for dataset in data.training]
+
+
+def _dataset_ids(data: CrossEncoderModelCardData) -> list[str]:
+    stated = [dataset["id"] for dataset in data.train_datasets if dataset.get("id")]
+    return list(dict.fromkeys([*stated, *(dataset.dataset_id for dataset in data.training if dataset.dataset_id)]))
+
+
+def _emission_lines(emissions: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What was emitted, in words: the names that codecarbon gives are put plainly, others stay."""
+    if not emissions:
+        return []
+    known = {
+        "energy_consumed": ("Energy consumed", "{:.4g} kWh"),
+        "emissions": ("Carbon emitted", "{:.4g} g of CO2"),
+        "on_cloud": ("In a cloud", "{}"),
+        "hardware_used": ("GPU", "{}"),
+        "cpu_model": ("CPU", "{}"),
+        "ram_total_size": ("Memory", "{:.2f} GB"),
+        "training_type": ("Kind of training", "{}"),
+    }
+    return [
+        (known[name][0], known[name][1].format(value)) if name in known and value is not None else (name, str(value))
+        for name, value in emissions.items()
+        if name != "source"
+    ]
 
 
 def _pair(row: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -148,9 +174,10 @@ def _front_matter(data: CrossEncoderModelCardData, facts: ModelFacts) -> str:
         "license": data.license,
         "tags": tags,
         "base_model": facts.base_model if facts.base_is_on_hub else None,
-        "datasets": [d["id"] for d in data.train_datasets if d.get("id")] or None,
+        "datasets": _dataset_ids(data) or None,
         "pipeline_tag": "text-ranking" if facts.num_labels == 1 else "text-classification",
         "library_name": "sentence-transformers",
+        "co2_eq_emissions": dict(data.emissions) or None,
         "metrics": sorted({result.metric_type for result in results}) or None,
         "model-index": eval_results_to_model_index(data.model_name or "CrossEncoder", results) if results else None,
     }

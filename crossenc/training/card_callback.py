@@ -2,12 +2,12 @@
 
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from crossenc.card import CrossEncoderModelCardData, DatasetFacts, Evaluation, describe_dataset
+from crossenc.card import CrossEncoderModelCardData, DatasetFacts, Evaluation, describe_datasets, describe_emissions
 from crossenc.training.bound_losses import each
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class CrossEncoderModelCardCallback(TrainerCallback):  # type: ignore[misc]
         trackers = (getattr(callback, "tracker", None) for callback in self._trainer.callback_handler.callbacks)
         for tracker in trackers:
             if found := getattr(tracker, "final_emissions_data", None):
-                card.emissions = _emissions(found)
+                card.emissions = describe_emissions(found)
 
     def _record_start(self, args: Any, model: "CrossEncoder") -> None:
         trainer, card = self._trainer, model.model_card_data
@@ -137,29 +137,9 @@ def _facts(data: Any, model: "CrossEncoder", named: Sequence[Mapping[str, str]])
     datasets = data if isinstance(data, Mapping) else {None: data}
     facts = []
     for number, (key, rows) in enumerate(datasets.items()):
-        dataset_id, revision = _hub_source(rows)
         given = named[number].get("name") if number < len(named) else None
-        facts.append(
-            describe_dataset(
-                # Rows that can be had once only are for training.
-                () if iter(rows) is rows else rows,
-                len(rows) if hasattr(rows, "__len__") else None,
-                model.count_tokens,
-                name=given or key or dataset_id or "Unnamed dataset",
-                dataset_id=dataset_id,
-                revision=revision,
-            )
-        )
+        facts += describe_datasets(rows, model.count_tokens, name=given or key)
     return facts
-
-
-def _hub_source(rows: Any) -> tuple[str | None, str | None]:
-    """The hub id and revision of the files that a datasets.Dataset came from, as it recorded them."""
-    files: Iterable[str] = getattr(rows, "download_checksums", None) or ()
-    for file in files:
-        if found := re.match(r"hf://datasets/([^@]+)@([^/]+)/", file):
-            return found[1], found[2]
-    return None, None
 
 
 def _add_hub_datasets(card: CrossEncoderModelCardData) -> None:
@@ -170,14 +150,3 @@ def _add_hub_datasets(card: CrossEncoderModelCardData) -> None:
     ]
     if not card.train_datasets and any("id" in named for named in found):
         card.train_datasets = found
-
-
-def _emissions(found: Any) -> dict[str, str]:
-    """What codecarbon measured, in words."""
-    shown = {
-        "Carbon emitted": f"{found.emissions:.3g} kg of CO2 equivalent",
-        "Energy consumed": f"{found.energy_consumed:.3g} kWh",
-        "CPU": found.cpu_model,
-        "GPU": found.gpu_model,
-    }
-    return {name: value for name, value in shown.items() if value}

@@ -2,10 +2,14 @@
 
 import math
 import random
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
+import sentence_transformers.cross_encoder
 import torch
 import yaml
 from huggingface_hub import ModelCard
@@ -14,7 +18,14 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from crossenc import CrossEncoder, InputExample
-from crossenc.card import CrossEncoderModelCardData, ModelFacts, describe_dataset, render_card, write_card
+from crossenc.card import (
+    CrossEncoderModelCardData,
+    ModelFacts,
+    describe_dataset,
+    describe_datasets,
+    render_card,
+    write_card,
+)
 from crossenc.card.render import cell, inline
 from crossenc.evaluation import CrossEncoderRerankingEvaluator
 from crossenc.testing import WORDS, tiny_checkpoint
@@ -236,3 +247,188 @@ def test_many_log_rows_and_datasets_are_folded() -> None:
     card = render_card(data, FACTS)
     assert "<details><summary>101 rows</summary>" in card and "<details><summary>4 datasets</summary>" in card
     assert card.count("<details>") == card.count("</details>")
+
+
+# datasets of the package datasets
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+
+
+def dataset(
+    num_rows: int = 5, source: str = f"hf://datasets/me/questions@{SHA}/data/train.parquet"
+) -> datasets.Dataset:
+    rows = [{"query": f"what {i}", "answer": "a city", "label": i % 2} for i in range(num_rows)]
+    made = datasets.Dataset.from_list(rows, split="train")
+    made.info.download_checksums = {source: {"num_bytes": 1, "checksum": None}} if source else None
+    return made
+
+
+def count_words(texts: Any) -> list[int]:
+    return [len(text.split()) for text in texts]
+
+
+def test_a_dataset_of_the_hub_is_described_with_its_id_and_revision() -> None:
+    (facts,) = describe_datasets(dataset(), count_words)
+    assert (facts.dataset_id, facts.revision, facts.num_rows) == ("me/questions", SHA, 5)
+    assert facts.columns == {"query": "string", "answer": "string", "label": "int"}
+    assert facts.statistics["query"] == ["min: 2 tokens", "mean: 2.00 tokens", "max: 2 tokens"]
+    assert facts.statistics["label"] == ["0: 60.00%", "1: 40.00%"]
+    assert facts.samples[0] == {"query": "what 0", "answer": "a city", "label": 0}
+    data = CrossEncoderModelCardData(training=[facts])
+    card = render_card(data, FACTS)
+    assert front_matter(card)["datasets"] == ["me/questions"]
+    assert f"[me/questions](https://huggingface.co/datasets/me/questions) at {SHA}" in card
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (f"hf://datasets/me/questions@{SHA}/train.parquet", ("me/questions", SHA)),
+        (f"hf://datasets/squad@{SHA}/plain/train.parquet", ("squad", SHA)),
+        ("hf://datasets/me/questions@main/train.parquet", ("me/questions", None)),
+        ("/home/me/train.parquet", (None, None)),
+        ("https://example.org/me@home/train.json", (None, None)),
+        ("", (None, None)),
+    ],
+)
+def test_the_origin_is_what_sentence_transformers_finds(source: str, expected: tuple[str | None, str | None]) -> None:
+    (facts,) = describe_datasets(dataset(source=source), count_words)
+    assert (facts.dataset_id, facts.revision) == expected
+    (theirs,) = sentence_transformers.cross_encoder.CrossEncoderModelCardData().infer_datasets(dataset(source=source))
+    assert (theirs.get("id"), theirs.get("revision")) == expected
+
+
+def test_each_dataset_of_a_dict_is_described_by_its_name() -> None:
+    for kind in (datasets.DatasetDict, dict):
+        first, second = describe_datasets(kind(easy=dataset(), hard=dataset(3, source="")), count_words)
+        assert [(facts.name, facts.num_rows, facts.dataset_id) for facts in (first, second)] == [
+            ("easy", 5, "me/questions"),
+            ("hard", 3, None),
+        ]
+
+
+def test_a_streamed_dataset_is_read_no_further_than_its_statistics_need() -> None:
+    num_read = 0
+
+    def rows() -> Any:
+        nonlocal num_read
+        for i in range(10_000):
+            num_read += 1
+            yield {"query": f"what {i}", "score": i / 2}
+
+    streamed = datasets.IterableDataset.from_generator(rows, split=datasets.Split.TRAIN)
+    (facts,) = describe_datasets(datasets.IterableDatasetDict(train=streamed), count_words)
+    assert (facts.name, facts.num_rows, facts.num_statistics_rows) == ("train", None, 1000)
+    assert num_read <= 1001
+    assert facts.statistics["score"] == ["min: 0.00", "mean: 249.75", "max: 499.50"]
+    card = render_card(CrossEncoderModelCardData(training=[facts]), FACTS)
+    assert "* Size: unknown, as it was streamed" in card
+    assert not any(tag.startswith("dataset_size") for tag in front_matter(card)["tags"])
+    streamed.info.splits = {"train": datasets.SplitInfo("train", num_examples=10_000)}
+    assert describe_datasets(streamed, count_words)[0].num_rows == 10_000
+
+
+# emissions
+
+
+class Tracker:
+    """Stands in for codecarbon's EmissionsTracker."""
+
+    calls: list[str]
+
+    def __init__(self, **settings: Any) -> None:
+        self.calls.append("made")
+
+    def start(self) -> None:
+        self.calls.append("start")
+
+    def stop(self) -> float:
+        self.calls.append("stop")
+        self.final_emissions_data = types.SimpleNamespace(
+            emissions=0.0125,
+            energy_consumed=0.05,
+            on_cloud="N",
+            cpu_model="A | CPU",
+            gpu_model=None,
+            ram_total_size=8.0,
+        )
+        return 0.0125
+
+
+def train_shortly(folder: Path) -> tuple[CrossEncoder, str]:
+    model = CrossEncoder(tiny_checkpoint(folder / "base"), device="cpu")
+    examples = [InputExample(texts=["what", "city"], label=1.0)] * 4
+    model.fit(DataLoader(examples, batch_size=2), show_progress_bar=False, output_path=str(folder / "out"))
+    return model, (folder / "out" / "README.md").read_text()
+
+
+def test_emissions_are_measured_where_codecarbon_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("codecarbon")
+    module.EmissionsTracker = Tracker  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "codecarbon", module)
+    monkeypatch.setattr(Tracker, "calls", [], raising=False)
+    _, card = train_shortly(tmp_path)
+    assert Tracker.calls == ["made", "start", "stop"]
+    assert front_matter(card)["co2_eq_emissions"] == {
+        "emissions": 12.5,
+        "energy_consumed": 0.05,
+        "source": "codecarbon",
+        "training_type": "fine-tuning",
+        "on_cloud": False,
+        "cpu_model": "A | CPU",
+        "ram_total_size": 8.0,
+    }
+    impact = section(card, "### Environmental Impact")
+    for line in (
+        "CodeCarbon",
+        "- **Carbon emitted:** 12.5 g of CO2",
+        "- **Energy consumed:** 0.05 kWh",
+        "A &#124; CPU",
+    ):
+        assert line in impact
+    assert ModelCard.load(tmp_path / "out" / "README.md").data.co2_eq_emissions["emissions"] == 12.5
+
+
+@pytest.mark.parametrize("method", ["__init__", "start", "stop"])
+def test_emissions_that_cannot_be_measured_cost_nothing_but_a_warning(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*args: Any, **settings: Any) -> None:
+        raise RuntimeError("no power meter")
+
+    broken = type("Broken", (Tracker,), {"calls": [], method: fail})
+    module = types.ModuleType("codecarbon")
+    module.EmissionsTracker = broken  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "codecarbon", module)
+    caplog.set_level("WARNING")
+    _, card = train_shortly(tmp_path)
+    assert "no power meter" in caplog.text and "Environmental Impact" not in card
+
+
+def test_without_codecarbon_nothing_is_said_of_emissions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "codecarbon", None)
+    model, card = train_shortly(tmp_path)
+    assert not model.model_card_data.emissions and "Environmental Impact" not in card
+
+
+# never fatal
+
+
+def test_data_that_cannot_be_described_does_not_cost_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(self: CrossEncoder, texts: Any) -> None:
+        raise RuntimeError("no tokens today")
+
+    monkeypatch.setattr(CrossEncoder, "count_tokens", fail)
+    caplog.set_level("WARNING")
+    train_shortly(tmp_path)
+    assert "no tokens today" in caplog.text and (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_card_that_no_file_can_hold_does_not_cost_the_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("WARNING")
+    data = CrossEncoderModelCardData()
+    data.add_loss("L", {"name": "\ud800"})
+    write_card(tmp_path, data, FACTS)
+    assert "could not be made" in caplog.text and (tmp_path / "README.md").exists()

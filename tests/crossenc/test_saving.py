@@ -1,11 +1,13 @@
 """Checkpoints written: whole or not at all, over older ones, to the hub."""
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import sentence_transformers
 import torch
 
 from crossenc import CrossEncoder
@@ -84,35 +86,126 @@ def test_a_model_put_together_from_parts_scores_saves_and_loads(tmp_path: Path) 
         CrossEncoder()
 
 
-def test_pushing_uploads_the_whole_folder_and_returns_the_commit(model: CrossEncoder, monkeypatch) -> None:
-    calls: dict[str, Any] = {}
+class Hub:
+    """Stands in for the hub's client and notes what it is asked."""
 
-    class Hub:
-        def __init__(self, token: str | None) -> None:
-            calls["token"] = token
+    has_card: bool | Exception = False
 
-        def create_repo(self, repo_id: str, **settings: Any) -> Any:
-            calls["create"] = (repo_id, settings)
-            return type("Url", (), {"repo_id": f"me/{repo_id}"})
+    def __init__(self, token: str | None = None) -> None:
+        CALLS.clear()
+        CALLS["token"] = token
 
-        def create_branch(self, repo_id: str, **settings: Any) -> None:
-            calls["branch"] = (repo_id, settings["branch"])
+    def create_repo(self, repo_id: str, **settings: Any) -> Any:
+        CALLS["create"] = (repo_id, settings)
+        return type("Url", (), {"repo_id": repo_id if "/" in repo_id else f"me/{repo_id}"})
 
-        def upload_folder(self, folder_path: str, **settings: Any) -> Any:
-            calls["files"] = {path.name for path in Path(folder_path).iterdir()}
-            calls["upload"] = settings
-            return type("Done", (), {"commit_url": "https://hub/commit/1", "pr_url": None})
+    def create_branch(self, repo_id: str, *, branch: str, exist_ok: bool) -> None:
+        CALLS["branch"] = (repo_id, branch, exist_ok)
 
+    def file_exists(self, repo_id: str, filename: str, *, revision: str | None) -> bool:
+        CALLS["asked"] = (repo_id, filename, revision)
+        if isinstance(self.has_card, Exception):
+            raise self.has_card
+        return self.has_card
+
+    def upload_folder(self, folder_path: str, **settings: Any) -> Any:
+        CALLS["files"] = {path.name: path.read_bytes() for path in Path(folder_path).iterdir() if path.is_file()}
+        CALLS["upload"] = settings
+        pr_url = "https://hub/discussions/1" if settings["create_pr"] else None
+        return type("Done", (), {"commit_url": "https://hub/commit/1", "pr_url": pr_url})
+
+
+CALLS: dict[str, Any] = {}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> type[Hub]:
     monkeypatch.setattr("crossenc.saving.HfApi", Hub)
+    monkeypatch.setattr(Hub, "has_card", False)
+    return Hub
+
+
+def test_pushing_uploads_the_whole_folder_and_returns_the_commit(model: CrossEncoder, hub: type[Hub]) -> None:
     url = model.push_to_hub("reranker", token="secret", private=True, revision="v2", commit_message="better")
     assert url == "https://hub/commit/1"
-    assert calls["token"] == "secret"
-    assert calls["create"] == ("reranker", {"private": True, "exist_ok": False, "repo_type": "model"})
-    assert calls["branch"] == ("me/reranker", "v2")
-    assert {"config.json", "model.safetensors", "modules.json", "tokenizer.json"} <= calls["files"]
-    assert calls["upload"] == {
+    assert CALLS["token"] == "secret"
+    assert CALLS["create"] == ("reranker", {"private": True, "exist_ok": False, "repo_type": "model"})
+    assert CALLS["branch"] == ("me/reranker", "v2", True)
+    assert {"config.json", "model.safetensors", "modules.json", "tokenizer.json", "README.md"} <= set(CALLS["files"])
+    assert CALLS["upload"] == {
         "repo_id": "me/reranker",
         "commit_message": "better",
+        "commit_description": None,
         "revision": "v2",
         "create_pr": False,
     }
+    assert 'CrossEncoder("me/reranker")' in CALLS["files"]["README.md"].decode()
+
+
+@pytest.mark.parametrize("name", ["push_to_hub", "save_to_hub"])
+def test_the_arguments_of_pushing_are_those_of_sentence_transformers(name: str) -> None:
+    theirs = inspect.signature(getattr(sentence_transformers.CrossEncoder, name)).parameters
+    ours = inspect.signature(getattr(CrossEncoder, name)).parameters
+    assert list(ours)[: len(theirs)] == list(theirs)
+    for argument in set(theirs) - {"commit_message"}:  # the message is in other words
+        assert ours[argument].default == theirs[argument].default
+
+
+def test_a_pull_request_is_opened_with_a_description(model: CrossEncoder, hub: type[Hub]) -> None:
+    assert model.push_to_hub("me/reranker", create_pr=True) == "https://hub/discussions/1"
+    assert CALLS["create"][1]["exist_ok"]
+    assert CALLS["upload"]["create_pr"] and "CrossEncoder" in CALLS["upload"]["commit_description"]
+
+
+def test_a_card_on_the_hub_stays_unless_it_is_to_be_replaced(
+    model: CrossEncoder, hub: type[Hub], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model.push_to_hub("me/reranker")
+    assert "README.md" in CALLS["files"] and "asked" not in CALLS  # a new repository has no card
+    model.push_to_hub("me/reranker", exist_ok=True, revision="v2")
+    assert "README.md" in CALLS["files"] and CALLS["asked"] == ("me/reranker", "README.md", "v2")
+    monkeypatch.setattr(hub, "has_card", True)
+    model.push_to_hub("me/reranker", exist_ok=True)
+    assert "README.md" not in CALLS["files"] and "model.safetensors" in CALLS["files"]
+    model.push_to_hub("me/reranker", exist_ok=True, replace_model_card=True)
+    assert "README.md" in CALLS["files"]
+    caplog.set_level("WARNING")
+    monkeypatch.setattr(hub, "has_card", ConnectionError("no network"))
+    model.push_to_hub("me/reranker", exist_ok=True)
+    assert "README.md" not in CALLS["files"] and "could not be found out" in caplog.text
+
+
+def test_tags_and_datasets_stand_in_the_uploaded_card(model: CrossEncoder, hub: type[Hub]) -> None:
+    model.push_to_hub("me/reranker", tags=["medical"], train_datasets=["me/questions"])
+    card = CALLS["files"]["README.md"].decode()
+    assert "- medical\n" in card and "- me/questions\n" in card
+    model.push_to_hub("me/reranker", tags="short")
+    assert "- short\n" in CALLS["files"]["README.md"].decode()
+
+
+def test_a_saved_folder_is_pushed_as_it_is(model: CrossEncoder, hub: type[Hub], tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    model.push_to_hub("me/reranker", local_model_path=tmp_path / "other")
+    assert CALLS["files"] == {"config.json": b"{}"}
+
+
+def test_weights_are_pushed_as_safetensors_whatever_is_asked(model: CrossEncoder, hub: type[Hub]) -> None:
+    with pytest.warns(DeprecationWarning, match="weights are safetensors"):
+        model.push_to_hub("me/reranker", safe_serialization=False)
+    assert "model.safetensors" in CALLS["files"]
+
+
+def test_the_old_name_of_pushing_works_and_warns(model: CrossEncoder, hub: type[Hub]) -> None:
+    with pytest.warns(DeprecationWarning, match="call push_to_hub"):
+        model.save_to_hub("reranker", "me", "secret", True, commit_message="old")
+    assert CALLS["create"][0] == "me/reranker" and CALLS["create"][1]["private"]
+    assert (CALLS["token"], CALLS["upload"]["commit_message"]) == ("secret", "old")
+    with (
+        pytest.warns(DeprecationWarning, match="repo_name"),
+        pytest.warns(DeprecationWarning, match="call push_to_hub"),
+    ):
+        model.save_to_hub(repo_name="me/reranker")
+    assert CALLS["create"][0] == "me/reranker"
+    with pytest.warns(DeprecationWarning), pytest.raises(ConfigError, match="not of the organization you"):
+        model.save_to_hub("me/reranker", organization="you")

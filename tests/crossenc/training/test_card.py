@@ -173,12 +173,13 @@ def test_emissions_that_codecarbon_measured_are_shown(tmp_path: Path) -> None:
     class CodeCarbon(TrainerCallback):
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             found = {"emissions": 0.01234, "energy_consumed": 0.5, "cpu_model": "An old CPU", "gpu_model": None}
+            found |= {"on_cloud": "N", "ram_total_size": 24.0}
             self.tracker = SimpleNamespace(final_emissions_data=SimpleNamespace(**found))
 
     model = tiny_model(tmp_path)
     train(model, tmp_path, max_steps=1, callbacks=[CodeCarbon()])
     impact = section(read_card(model, tmp_path), "### Environmental Impact")
-    assert "**Carbon emitted:** 0.0123 kg of CO2 equivalent" in impact and "**CPU:** An old CPU" in impact
+    assert "**Carbon emitted:** 12.34 g of CO2" in impact and "**CPU:** An old CPU" in impact
     assert "GPU" not in impact
 
 
