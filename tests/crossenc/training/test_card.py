@@ -74,7 +74,7 @@ def test_columns_are_those_after_a_transform(tmp_path: Path) -> None:
 
 
 def test_the_hub_ids_and_revisions_of_datasets_are_known(tmp_path: Path) -> None:
-    files = {"hf://datasets/me/questions@0123abc/data/train.parquet": {"num_bytes": 1}}
+    files = {"hf://datasets/me/questions@0123456789abcdef0123456789abcdef01234567/data/train.parquet": {"num_bytes": 1}}
     known = datasets.Dataset.from_dict(PAIRS[:], info=datasets.DatasetInfo(download_checksums=files))
     model = tiny_model(tmp_path)
     CrossEncoderTrainer(model, arguments(tmp_path), known, {"dev": known})
@@ -82,7 +82,7 @@ def test_the_hub_ids_and_revisions_of_datasets_are_known(tmp_path: Path) -> None
     assert front_matter(card)["datasets"] == ["me/questions"]
     assert "**Training data:** me/questions\n" in card
     data = section(card, "### Training Data")
-    assert "https://huggingface.co/datasets/me/questions) at 0123abc" in data
+    assert "https://huggingface.co/datasets/me/questions) at 0123456789abcdef0123456789abcdef01234567" in data
     assert "#### dev\n" in section(card, "### Validation Data")
 
 
@@ -199,4 +199,4 @@ def test_a_stream_that_can_be_read_only_once_is_left_for_training(tmp_path: Path
     model = tiny_model(tmp_path)
     trainer = train(model, tmp_path, Once(), max_steps=4)
     assert trainer.state.global_step == 4
-    assert "* Size: a stream of unknown length" in read_card(model, tmp_path)
+    assert "* Size: unknown, as it was streamed" in read_card(model, tmp_path)
