@@ -61,8 +61,8 @@ def check_datasets(train: Any, evaluation: Any) -> None:
     if isinstance(train, Mapping) and any(is_stream(data) for data in train.values()):
         raise InputError(
             "in a dict, CrossEncoderTrainer does not support an IterableDataset for the `train_dataset`. "
-            "Please convert the dataset to a `Dataset` or `DatasetDict` before passing it to the trainer, or mix the "
-            "streams into one with datasets.interleave_datasets"
+            "Please convert the dataset to a `Dataset` or `DatasetDict` before passing it to the trainer. "
+            "Streams may be mixed into one with datasets.interleave_datasets"
         )
     for given in (train, evaluation):
         for name, data in (given if isinstance(given, Mapping) else {"": given}).items():
