@@ -29,9 +29,10 @@ from crossenc.loading import num_labels_of, resolve_activation
 from crossenc.modules import Features, Transformer
 from crossenc.pairs import Pair, split_pairs
 from crossenc.pool import Pool, default_devices
+from crossenc.precision import resolve_dtype
 from crossenc.ranking import order
 from crossenc.saving import SaveMixin
-from crossenc.source import ModelSource, resolve_dtype, source_of_folder, source_of_modules
+from crossenc.source import ModelSource, source_of_folder, source_of_modules
 from crossenc.tokenizer import PairTokenizer, wrap_tokenizer
 
 Scores = NDArray[np.float32] | np.float32 | Tensor | list[Tensor]
@@ -90,12 +91,13 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, SaveMixin):
     ) -> None:
         """Load `model_name_or_path`.
 
-        `max_length` is in tokens; `dtype` a torch dtype or its name (float32 when None); `device` the fastest that
-        the machine has when None. `activation_fn` maps float32 logits [B, L] to scores and `num_labels` is L; both
-        are the checkpoint's own when None. `prompts` are texts by name to put before queries, `default_prompt_name`
-        the one used unless a call names another. `max_batch_tokens` bounds a batch's padded tokens. `model_kwargs`,
-        `processor_kwargs`, `config_kwargs` and `token` go to transformers and the hub, `storage_options` to a URI's
-        file system. A backbone without a head gets a new one, to be trained; it gives no scores before that.
+        `max_length` is in tokens; `dtype` a torch dtype, its name (float32 when None) or "auto", which is bfloat16
+        where the device is fast at it; `device` the fastest that the machine has when None. `activation_fn` maps
+        float32 logits [B, L] to scores and `num_labels` is L; both are the checkpoint's own when None. `prompts` are
+        texts by name to put before queries, `default_prompt_name` the one used unless a call names another.
+        `max_batch_tokens` bounds a batch's tokens, padding included. `model_kwargs`, `processor_kwargs`,
+        `config_kwargs` and `token` go to transformers and the hub, `storage_options` to a URI's file system. A
+        backbone without a head gets a new one, to be trained; it gives no scores before that.
         Raises InputError, CheckpointError or StorageError as `crossenc.checkpoint.fetch` does, ConfigError for a
         setting that does not fit the checkpoint or is not supported, TypeError for an unknown argument.
         """
@@ -110,6 +112,7 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, SaveMixin):
         stated_length = processor_settings.pop("model_max_length", None)
         if classifier_dropout is not None:
             config_settings["classifier_dropout"] = classifier_dropout
+        chosen_device = default_device() if device is None else torch.device(device)
         if modules is not None:
             source = source_of_modules(modules)
         else:
@@ -125,7 +128,7 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, SaveMixin):
                 folder,
                 str(model_name_or_path),
                 num_labels=stated_labels if num_labels is None else num_labels,
-                dtype=resolve_dtype(stated_dtype if dtype is None else dtype),
+                dtype=resolve_dtype(stated_dtype if dtype is None else dtype, chosen_device),
                 config_settings=config_settings,
                 model_settings=model_settings,
                 processor_settings=processor_settings,
@@ -141,7 +144,7 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, SaveMixin):
         self.activation_fn = activation_fn or resolve_activation(source.layout, num_labels_of(source.parts))
         self.default_prompt_name = default_prompt_name or source.layout.default_prompt_name
         self.max_length = stated_length if max_length is None else max_length
-        self.to(default_device() if device is None else torch.device(device))
+        self.to(chosen_device)
         self.eval()
         self._engine()  # its limits are checked now
 

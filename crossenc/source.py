@@ -14,8 +14,6 @@ from crossenc.loading import Layout, load_parts, read_layout
 from crossenc.modules import Transformer
 from crossenc.tokenizer import load_fast_tokenizer
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 @dataclass(slots=True)
 class ModelSource:
@@ -72,14 +70,3 @@ def source_of_modules(modules: Iterable[nn.Module] | Mapping[str, nn.Module]) ->
         raise ConfigError("the first of the modules must be a Transformer that has its tokenizer")
     layout = Layout(parts[0].task, tuple((type(part).__name__, "") for part in parts[1:]))
     return ModelSource(None, parts, layout, parts[0].tokenizer, head_is_new=False)
-
-
-def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
-    """A torch dtype, given itself or by name; float32 when None. Raises ConfigError for an unsupported one."""
-    if dtype is None:
-        return torch.float32
-    if isinstance(dtype, torch.dtype) and dtype in _DTYPES.values():
-        return dtype
-    if dtype in _DTYPES:
-        return _DTYPES[str(dtype)]
-    raise ConfigError(f"dtype is {dtype!r}: choose from {', '.join(_DTYPES)}")
