@@ -54,6 +54,11 @@ class Sequences:
             first += num_tokens
 
     @property
+    def first_tokens(self) -> Tensor:
+        """The place of every sequence's first token, int64 [B] on the device."""
+        return self.starts[:-1].long()
+
+    @property
     def groups(self) -> list[tuple[int, int, int]]:
         """Neighbours of equal length: first token, the one after the last, and length of each."""
         return self._groups
@@ -66,27 +71,39 @@ class Sequences:
         return self._masks[length, window]
 
 
-_current: ContextVar[Sequences | None] = ContextVar("sequences of the packed batch in this thread", default=None)
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A packed forward pass. Of the states of `last`, an attention module, only first tokens' are asked for."""
+
+    sequences: Sequences
+    last: torch.nn.Module | None
+
+
+_current: ContextVar[_Call | None] = ContextVar("the packed forward pass of this thread", default=None)
 #: An attention implementation is an attribute of the model, so threads that share one take turns.
 _lock = Lock()
 
 
 def current_sequences() -> Sequences | None:
     """The sequences of the packed batch that this thread is computing; None outside of one."""
-    return _current.get()
+    call = _current.get()
+    return None if call is None else call.sequences
 
 
 @contextmanager
-def packed_attention(model: PreTrainedModel, sequences: Sequences) -> Iterator[None]:
+def packed_attention(
+    model: PreTrainedModel, sequences: Sequences, last: torch.nn.Module | None = None
+) -> Iterator[None]:
     """Let calls of `model` in this thread take [1, T] tokens for `sequences`; it is as before after the block.
 
-    Calls in other threads meanwhile compute what they always do.
+    The attention module `last`, if any, gives the states of first tokens alone, and zeros for the others. Calls in
+    other threads meanwhile compute what they always do.
     """
     AttentionInterface.register(PACKED_ATTENTION, _attention)
     AttentionMaskInterface.register(PACKED_ATTENTION, _mask)
     with _lock:
         before = model.config._attn_implementation
-        token = _current.set(sequences)
+        token = _current.set(_Call(sequences, last))
         model.set_attn_implementation(PACKED_ATTENTION)
         try:
             yield
@@ -103,46 +120,71 @@ def _attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
 ) -> tuple[Tensor, None]:
     """As transformers calls it: query, key and value [1, H, T, E] to states [1, T, H, E], and no weights."""
-    sequences = _current.get()
-    if sequences is None:  # a padded call in another thread
+    call = _current.get()
+    if call is None:  # a padded call in another thread
         unpacked: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
         return unpacked
     reach = settings.get("sliding_window")  # counts the token itself
     scale = query.shape[-1] ** -0.5 if settings.get("scaling") is None else settings["scaling"]
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
-    return attend(q, k, v, scale, sequences, None if reach is None else reach - 1).unsqueeze(0), None
+    window = None if reach is None else reach - 1
+    return attend(q, k, v, scale, call.sequences, window, first_only=module is call.last).unsqueeze(0), None
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, sequences: Sequences, window: int | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    sequences: Sequences,
+    window: int | None = None,
+    *,
+    first_only: bool = False,
 ) -> Tensor:
     """Attention within each sequence: query, key and value [T, H, E] to states [T, H, E].
 
-    With a `window`, a token sees those at most so many tokens away.
+    With a `window`, a token sees those at most so many tokens away. With `first_only` the states of all but first
+    tokens are zeros, and cost nothing.
     """
-    if _takes_varlen(query):
-        return _varlen(query, key, value, scale, sequences, window)
+    asked = query[sequences.first_tokens] if first_only else query
+    # The kernel would place a lone query at the end of its window.
+    by_kernel = _takes_varlen(query) and not (first_only and window is not None)
+    attention = _varlen if by_kernel else _by_length
+    states = attention(asked, key, value, scale, sequences, window)
+    return torch.zeros_like(query).index_copy(0, sequences.first_tokens, states) if first_only else states
+
+
+def _by_length(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, sequences: Sequences, window: int | None
+) -> Tensor:
+    """Neighbours of equal length at once; a query of all tokens [T, H, E], or of first ones [B, H, E]."""
     by_product = query.device.type == "cpu" and is_narrow(query.dtype) and is_fast_in_bfloat16(query.device)
-    parts = []
+    is_short = len(query) < len(key)
+    parts, num_asked = [], 0
     for first, end, length in sequences.groups:
-        shape = (-1, length, *query.shape[1:])
-        q, k, v = (states[first:end].view(shape).transpose(1, 2) for states in (query, key, value))
+        num_sequences, num_queries = (end - first) // length, 1 if is_short else length
+        asked = query[num_asked : num_asked + num_sequences * num_queries]
+        num_asked += len(asked)
+        q, k, v = (
+            states.view(num_sequences, -1, *query.shape[1:]).transpose(1, 2)
+            for states in (asked, key[first:end], value[first:end])
+        )
         if window is not None and length > window + 1:
-            mask = sequences.window_mask(length, window)
+            mask = sequences.window_mask(length, window)[:num_queries]
             states = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         elif by_product and length <= MAX_PRODUCT_TOKENS:
             states = _products(q, k, v, scale)
         else:
             states = functional.scaled_dot_product_attention(q, k, v, scale=scale)
-        parts.append(states.transpose(1, 2).reshape(end - first, *query.shape[1:]))
+        parts.append(states.transpose(1, 2).reshape(asked.shape))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _products(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """[N, H, W, E] to the same; faster than the fused kernel where the matrix products are."""
-    flat = [states.flatten(0, 1) for states in (query, key, value)]
-    weights = torch.bmm(flat[0] * scale, flat[1].transpose(1, 2)).softmax(dim=-1)
-    return torch.bmm(weights, flat[2]).view(query.shape)
+    """Queries [N, H, W or 1, E] to states; faster than the fused kernel where the matrix products are."""
+    q, k, v = (states.flatten(0, 1) for states in (query, key, value))
+    weights = torch.bmm(q * scale, k.transpose(1, 2)).softmax(dim=-1)
+    return torch.bmm(weights, v).view(query.shape)
 
 
 def _takes_varlen(query: Tensor) -> bool:
@@ -161,10 +203,13 @@ def _varlen(
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    longest = int(sequences.lengths.max())
+    starts, longest = sequences.starts, int(sequences.lengths.max())
+    query_starts, longest_query = starts, longest
+    if len(query) < len(key):  # first tokens alone
+        query_starts, longest_query = torch.arange(len(starts), dtype=starts.dtype, device=starts.device), 1
     reach = (-1, -1) if window is None else (window, window)
     states = varlen_attn(
-        query, key, value, sequences.starts, sequences.starts, longest, longest, scale=scale, window_size=reach
+        query, key, value, query_starts, starts, longest_query, longest, scale=scale, window_size=reach
     )
     assert isinstance(states, Tensor)  # a pair only where more was asked for
     return states

@@ -155,6 +155,21 @@ def test_a_packed_batch_holds_tokens_and_no_padding(seen_shapes: list[tuple[int,
     assert seen_shapes == [(1, 78), (1, 54)]  # 40 + 38 and 30 + 20 + 3 + 1 of 100
 
 
+def test_the_last_layer_feeds_forward_first_tokens_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.bert.modeling_bert import BertIntermediate
+
+    shapes: list[tuple[int, ...]] = []
+    forward = BertIntermediate.forward
+
+    def spy(self: Any, states: torch.Tensor) -> Any:
+        shapes.append(tuple(states.shape[:2]))
+        return forward(self, states)
+
+    monkeypatch.setattr(BertIntermediate, "forward", spy)
+    classifier("bert").score(random_pairs([40, 3, 38]))
+    assert shapes == [(1, 81), (1, 3)]
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
@@ -379,4 +394,8 @@ def test_sequences_see_themselves_alone_and_in_a_window_their_neighbours() -> No
         near = together if window is None else together & ((places[:, None] - places[None, :]).abs() <= window)
         weights = torch.einsum("thd,shd->hts", query, key).mul(0.5).masked_fill(~near, -torch.inf).softmax(-1)
         found = attend(query, key, value, 0.5, Sequences(lengths, torch.from_numpy(starts)), window)
-        torch.testing.assert_close(found, torch.einsum("hts,shd->thd", weights, value), atol=1e-5, rtol=1e-5)
+        expected = torch.einsum("hts,shd->thd", weights, value)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        first = attend(query, key, value, 0.5, Sequences(lengths, torch.from_numpy(starts)), window, first_only=True)
+        expected[places > 0] = 0
+        torch.testing.assert_close(first, expected, atol=1e-5, rtol=1e-5)
