@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
+from inspect import signature
 from itertools import groupby
 from threading import Lock
 from typing import Any
@@ -20,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -195,14 +198,19 @@ def _takes_varlen(query: Tensor) -> bool:
         and query.shape[-1] % 8 == 0
         and query.shape[-1] <= 256
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and _varlen_has_windows()
     )
+
+
+@cache
+def _varlen_has_windows() -> bool:
+    """Whether this version of torch lets a scale and a window be given; 2.10, the first with the kernel, does not."""
+    return {"scale", "window_size"} <= signature(varlen_attn).parameters.keys()
 
 
 def _varlen(
     query: Tensor, key: Tensor, value: Tensor, scale: float, sequences: Sequences, window: int | None
 ) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
     starts, longest = sequences.starts, int(sequences.lengths.max())
     query_starts, longest_query = starts, longest
     if len(query) < len(key):  # first tokens alone

@@ -26,7 +26,7 @@ from crossenc.records import TokenizedPairs
 FAMILIES = ("bert", "roberta", "xlm-roberta", "electra", "distilbert", "modernbert")
 #: Those that count positions from the padding id on, and skip padding ids in the text.
 _COUNTS_FROM_PADDING = ("roberta", "xlm-roberta")
-#: Those built like BERT, whose last layer can be spared all but first tokens: a tenth of MiniLM-L6's work, and more.
+#: Those built like BERT, whose last layer is spared all but first tokens: a sixth of MiniLM-L6's time.
 _BUILT_LIKE_BERT = ("bert", "roberta", "xlm-roberta", "electra")
 #: Where the forwards are defined that call one part after the other.
 _SEQUENTIAL_FORWARDS = ("torch.nn.modules.container", "crossenc.model")

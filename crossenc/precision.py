@@ -1,5 +1,7 @@
 """Number formats: which one a model's forward pass uses. Knows devices, no models."""
 
+from collections.abc import Mapping
+
 import torch
 
 from crossenc.errors import ConfigError
@@ -28,7 +30,8 @@ def is_fast_in_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
-        features = torch.cpu.get_capabilities()
+        # Versions of torch that cannot tell are taken at their slowest.
+        features: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
         return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
     return False
 

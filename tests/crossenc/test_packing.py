@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
-from crossenc import CrossEncoder
+from crossenc import CrossEncoder, attention
 from crossenc.attention import MAX_PRODUCT_TOKENS, Sequences, _products, attend, packed_attention
 from crossenc.engine import Engine
 from crossenc.loading import quiet_transformers
@@ -399,3 +399,51 @@ def test_sequences_see_themselves_alone_and_in_a_window_their_neighbours() -> No
         first = attend(query, key, value, 0.5, Sequences(lengths, torch.from_numpy(starts)), window, first_only=True)
         expected[places > 0] = 0
         torch.testing.assert_close(first, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("window", "first_only"), [(None, False), (3, False), (None, True)])
+def test_torchs_kernel_is_asked_for_what_the_groups_compute(
+    window: int | None, first_only: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel runs on CUDA alone: what it is documented to compute stands in for it."""
+
+    def documented(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        query_starts: torch.Tensor,
+        key_starts: torch.Tensor,
+        max_query: int,
+        max_key: int,
+        *,
+        scale: float,
+        window_size: tuple[int, int],
+    ) -> torch.Tensor:
+        assert query_starts.dtype == key_starts.dtype == torch.int32
+        assert (query_starts.diff().max(), key_starts.diff().max()) == (max_query, max_key)
+        parts = []
+        for q, k, v in zip(
+            query.tensor_split(query_starts[1:-1].long()),
+            key.tensor_split(key_starts[1:-1].long()),
+            value.tensor_split(key_starts[1:-1].long()),
+            strict=True,
+        ):
+            distance = torch.arange(len(k))[None, :] - torch.arange(len(q))[:, None]
+            left, right = (len(k) if side == -1 else side for side in window_size)
+            seen = (distance >= -left) & (distance <= right)
+            weights = torch.einsum("thd,shd->hts", q, k).mul(scale).masked_fill(~seen, -torch.inf).softmax(-1)
+            parts.append(torch.einsum("hts,shd->thd", weights, v))
+        return torch.cat(parts)
+
+    lengths = np.array([9, 4, 4, 1])
+    starts = torch.tensor([0, 9, 13, 17, 18], dtype=torch.int32)
+    query, key, value = torch.randn(3, 18, 2, 8).unbind()
+    settings = {"scale": 0.5, "sequences": Sequences(lengths, starts), "window": window, "first_only": first_only}
+    expected = attend(query, key, value, **settings)
+    monkeypatch.setattr(attention, "_takes_varlen", lambda query: True)
+    monkeypatch.setattr(attention, "varlen_attn", documented)
+    torch.testing.assert_close(attend(query, key, value, **settings), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_this_version_of_torch_has_a_kernel_with_windows() -> None:
+    assert attention._varlen_has_windows()
