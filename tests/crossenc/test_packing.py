@@ -252,8 +252,10 @@ def test_packing_leaves_the_model_as_it_was(packed: Engine) -> None:
     model = packed.network[0].model
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modules = [id(module) for module in packed.network.modules()]
+    configuration = copy.deepcopy(vars(model.config))
     packed.score(random_pairs([5, 9, 30]))
     assert model.config._attn_implementation == "sdpa"
+    assert vars(model.config) == configuration
     assert [id(module) for module in packed.network.modules()] == modules
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 

@@ -21,7 +21,8 @@ from crossenc.errors import CheckpointError
 from crossenc.loading import quiet_transformers
 from crossenc.testing import tiny_checkpoint
 
-TOLERANCE = 1e-6
+# Theirs pads, ours packs: float32 sums in another order.
+TOLERANCE = 1e-5
 PAIRS = [
     ("what is water", "the river of the city"),
     ("how is bread", "in the stone bridge of winter"),
