@@ -83,7 +83,7 @@ class _Call:
 
 
 _current: ContextVar[_Call | None] = ContextVar("the packed forward pass of this thread", default=None)
-#: An attention implementation is an attribute of the model, so threads that share one take turns.
+#: An attention implementation is an attribute of a model's configuration, which models may share: threads take turns.
 _lock = Lock()
 
 
@@ -107,8 +107,8 @@ def packed_attention(
     with _lock:
         before = model.config._attn_implementation
         token = _current.set(_Call(sequences, last))
-        model.set_attn_implementation(PACKED_ATTENTION)
         try:
+            model.set_attn_implementation(PACKED_ATTENTION)
             yield
         finally:
             model.set_attn_implementation(before)
