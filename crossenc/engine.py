@@ -1,12 +1,15 @@
 """Token ids to scores: one model on one device. Knows no text, no file and no ranking.
 
-Shape letters: P pairs, B pairs of one batch, W tokens of its longest pair, L labels, T tokens.
+Batches are packed, without padding, where the model and the device allow it (crossenc.packing), else padded.
+
+Shape letters: P pairs, B pairs of one batch, W tokens of its longest pair, L labels.
 """
 
 import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -17,15 +20,17 @@ from torch import nn
 
 from crossenc.batching import WINDOW, token_budget_batches
 from crossenc.errors import ConfigError
+from crossenc.float32_layers import keep_in_float32
 from crossenc.loading import load_parts, num_labels_of, read_layout, resolve_activation
-from crossenc.precision import keep_in_float32
+from crossenc.packing import PackedForward, scoring_view, to_device, why_padded
+from crossenc.precision import resolve_dtype
 from crossenc.records import TokenizedPairs
 from crossenc.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-#: Padded tokens per batch that score fastest. On the CPU (MiniLM-L6 in float32, medquad, one AVX2 core) 2,048
-#: gave 2,708 padded tokens a second, 512 gave 2,587, 4,096 gave 2,584 and 16,384 gave 2,306.
+#: Tokens per batch that score fastest. On the CPU (MiniLM-L6 in float32, medquad, packed, one AVX2 core) 2,048 gave
+#: 3,431 tokens per second of processor time, 512 gave 3,228, 1,024 gave 3,370 and 4,096 gave 3,361.
 CPU_BATCH_TOKENS = 2048
 CUDA_BATCH_TOKENS = 65_536
 
@@ -37,7 +42,12 @@ class Scorer(Protocol):
 
     @property
     def max_batch_tokens(self) -> int:
-        """Padded tokens that a forward pass holds at most, unless one pair alone is longer."""
+        """Tokens that a forward pass holds at most, unless one pair alone is longer."""
+        ...
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether batches hold no padding."""
         ...
 
     def score(self, pairs: TokenizedPairs) -> NDArray[np.float32]:
@@ -53,17 +63,31 @@ def default_device() -> torch.device:
 
 
 def default_batch_tokens(device: torch.device) -> int:
-    """The padded tokens of a batch that score fastest on a kind of device."""
+    """The tokens of a batch that score fastest on a kind of device."""
     return CUDA_BATCH_TOKENS if device.type == "cuda" else CPU_BATCH_TOKENS
+
+
+def _smaller_budget(lengths: NDArray[np.int64], is_packed: bool) -> int:
+    """Half of the tokens that a batch of `lengths`, which did not fit, holds."""
+    num_tokens = int(lengths.sum()) if is_packed else len(lengths) * int(lengths.max())
+    budget = max(1, num_tokens // 2)
+    logger.warning(
+        "out of memory with %d pairs of up to %d tokens: going on with at most %d tokens a batch; "
+        "set max_batch_tokens to that to avoid the retry",
+        len(lengths),
+        lengths.max(),
+        budget,
+    )
+    return budget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
-    """A Scorer that runs a model on padded, length-sorted batches.
+    """A Scorer that runs a model on length-sorted batches, packed or padded.
 
     `network` takes a dict of input_ids, attention_mask and perhaps token_type_ids, each int64 [B, W], and gives one
-    with logits [B, L] under "scores"; `activation` maps these, in float32, to scores [B, L]. `max_batch_pairs` caps a
-    batch as well.
+    with logits [B, L] under "scores"; `activation` maps these, in float32, to scores [B, L]. `max_batch_tokens` counts
+    padding where there is any; `max_batch_pairs` caps a batch as well. Without `may_pack` every batch is padded.
     """
 
     network: nn.Module
@@ -75,6 +99,7 @@ class Engine:
     max_batch_tokens: int
     max_batch_pairs: int | None = None
     window: int = WINDOW
+    may_pack: bool = True
 
     def __post_init__(self) -> None:
         for name in ("max_batch_tokens", "max_batch_pairs"):
@@ -89,19 +114,20 @@ class Engine:
         tokenizer: Tokenizer,
         *,
         num_labels: int | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: str | torch.dtype = torch.float32,
         device: str | torch.device | None = None,
         activation: Activation | None = None,
         max_batch_tokens: int | None = None,
     ) -> "Engine":
         """Load the model of a local folder for the pairs of `tokenizer`.
 
-        What is None is the checkpoint's own (labels, activation) or suits the machine (device, batch size).
-        Raises CheckpointError as `load_parts` and `resolve_activation` do.
+        What is None is the checkpoint's own (labels, activation) or suits the machine (device, batch size); a dtype
+        "auto" does, too. Raises CheckpointError as `load_parts` and `resolve_activation` do, ConfigError for a dtype
+        that is not supported.
         """
         chosen = default_device() if device is None else torch.device(device)
         layout = read_layout(folder)
-        parts = load_parts(folder, layout, num_labels=num_labels, dtype=dtype)
+        parts = load_parts(folder, layout, num_labels=num_labels, dtype=resolve_dtype(dtype, chosen))
         found = num_labels_of(parts)
         network = nn.Sequential(*parts)
         keep_in_float32(network, layout.fp32_modules)
@@ -119,6 +145,20 @@ class Engine:
         """The same engine with another activation, unless that is None, and another cap on a batch's pairs."""
         return replace(self, activation=activation or self.activation, max_batch_pairs=max_batch_pairs)
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether batches hold no padding; `forward_kind` says why not."""
+        return self._why_padded() is None
+
+    @property
+    def forward_kind(self) -> str:
+        """For people: "packed", or "padded" and why."""
+        reason = self._why_padded()
+        return "packed" if reason is None else f"padded: {reason}"
+
+    def _why_padded(self) -> str | None:
+        return why_padded(self.network, self.device) if self.may_pack else "packing is switched off"
+
     def score(self, pairs: TokenizedPairs, on_batch: Callable[[int], object] | None = None) -> NDArray[np.float32]:
         """Score every pair: float32 [P], or [P, L] for L > 1 labels, non-finite values left as they are.
 
@@ -126,7 +166,9 @@ class Engine:
         batches still to do are halved and tried again, finished ones are kept; a single pair that does not
         fit raises torch.OutOfMemoryError.
         """
-        todo = deque(token_budget_batches(pairs.lengths, self.max_batch_tokens, self.window, self.max_batch_pairs))
+        is_packed = self.is_packed
+        cut = partial(token_budget_batches, max_batch_pairs=self.max_batch_pairs, is_packed=is_packed)
+        todo = deque(cut(pairs.lengths, self.max_batch_tokens, self.window))
         done: list[NDArray[np.int64]] = []
         # Scores stay on the device until the end: copying each batch back would wait for it.
         scores: list[torch.Tensor] = []
@@ -134,10 +176,12 @@ class Engine:
         self.network.eval()
         try:
             with torch.inference_mode():
+                forward = self._forward(pairs, is_packed)
                 while todo:
-                    batch_scores = self._score_or_none(pairs, todo[0])
+                    batch_scores = self._score_or_none(forward, todo[0])
                     if batch_scores is None:
-                        todo = self._halve(todo, pairs.lengths)
+                        budget = _smaller_budget(pairs.lengths[todo[0]], is_packed)
+                        todo = deque(batch[part] for batch in todo for part in cut(pairs.lengths[batch], budget))
                         continue
                     done.append(todo.popleft())
                     scores.append(batch_scores)
@@ -147,6 +191,18 @@ class Engine:
             self.network.train(was_training)
         return self._in_input_order(scores, done)
 
+    def _forward(self, pairs: TokenizedPairs, is_packed: bool) -> Callable[[NDArray[np.int64]], torch.Tensor]:
+        """What gives the logits [B, L] of the pairs at given positions."""
+        if is_packed:
+            return partial(PackedForward(self.network, self.device), pairs)
+        view = scoring_view(self.network, is_packed=False)
+
+        def padded(batch: NDArray[np.int64]) -> torch.Tensor:
+            logits: torch.Tensor = view(self.batch_inputs(pairs, batch))["scores"]
+            return logits
+
+        return padded
+
     def _in_input_order(self, scores: list[torch.Tensor], batches: list[NDArray[np.int64]]) -> NDArray[np.float32]:
         num_pairs = sum(map(len, batches))
         result = np.empty((num_pairs, self.num_labels), dtype=np.float32)
@@ -154,12 +210,12 @@ class Engine:
             result[np.concatenate(batches)] = torch.cat(scores).cpu().numpy()
         return result[:, 0] if self.num_labels == 1 else result
 
-    def _score_or_none(self, pairs: TokenizedPairs, batch: NDArray[np.int64]) -> torch.Tensor | None:
+    def _score_or_none(
+        self, forward: Callable[[NDArray[np.int64]], torch.Tensor], batch: NDArray[np.int64]
+    ) -> torch.Tensor | None:
         """Scores [B, L] of one batch on the device; None when it does not fit and could be cut smaller."""
         try:
-            inputs = self.batch_inputs(pairs, batch)
-            logits: torch.Tensor = self.network(inputs)["scores"]
-            return self.activation(logits.float().reshape(len(batch), self.num_labels))
+            return self.activation(forward(batch).float().reshape(len(batch), self.num_labels))
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise
@@ -167,19 +223,6 @@ class Engine:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return None
-
-    def _halve(self, todo: deque[NDArray[np.int64]], lengths: NDArray[np.int64]) -> deque[NDArray[np.int64]]:
-        """Cut every remaining batch to half of what the first of them, which did not fit, holds."""
-        failed = todo[0]
-        budget = max(1, len(failed) * int(lengths[failed[0]]) // 2)
-        logger.warning(
-            "out of memory with %d pairs of %d tokens: going on with at most %d tokens a batch; "
-            "set max_batch_tokens to that to avoid the retry",
-            len(failed),
-            lengths[failed[0]],
-            budget,
-        )
-        return deque(batch[part] for batch in todo for part in token_budget_batches(lengths[batch], budget))
 
     def batch_inputs(self, pairs: TokenizedPairs, batch: NDArray[np.int64]) -> dict[str, torch.Tensor]:
         """Model inputs of the pairs at `batch`, int64 [B, W] on the device, padded to the longest."""
@@ -193,15 +236,11 @@ class Engine:
         # Column c of a row holds the pair's token number columns[c], or padding where there is no such token.
         is_token = (columns >= 0) & (columns < lengths[:, None])
         source = (pairs.offsets[batch][:, None] + columns)[is_token]
-        input_ids = np.full(is_token.shape, self.pad_token_id, dtype=np.int32)
-        input_ids[is_token] = pairs.input_ids[source]
-        inputs = {"input_ids": self._put(input_ids), "attention_mask": self._put(is_token)}
+        rows = np.zeros((2 if pairs.token_type_ids is None else 3, *is_token.shape), dtype=np.int32)
+        rows[0] = self.pad_token_id
+        rows[0, is_token] = pairs.input_ids[source]
+        rows[1] = is_token
         if pairs.token_type_ids is not None:
-            token_types = np.zeros(is_token.shape, dtype=np.uint8)
-            token_types[is_token] = pairs.token_type_ids[source]
-            inputs["token_type_ids"] = self._put(token_types)
-        return inputs
-
-    def _put(self, array: NDArray[np.generic]) -> torch.Tensor:
-        """Copy to the device in the small dtype, widen to int64 there."""
-        return torch.from_numpy(array).to(self.device, non_blocking=True).long()
+            rows[2, is_token] = pairs.token_type_ids[source]
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        return dict(zip(names, to_device(rows, self.device).long(), strict=False))

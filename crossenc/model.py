@@ -27,17 +27,18 @@ from crossenc.deprecation import accepts_old_arguments, warn_deprecated
 from crossenc.engine import Activation, Engine, default_batch_tokens, default_device
 from crossenc.errors import CheckpointError, ConfigError, InputError
 from crossenc.fitting import FitMixin
+from crossenc.float32_layers import keep_in_float32
 from crossenc.loading import default_activation, num_labels_of, resolve_activation
 from crossenc.merging import merge_models
 from crossenc.modules import Features, Transformer
 from crossenc.old_names import OldNamesMixin
 from crossenc.pairs import Pair, is_one_pair, split_pairs
 from crossenc.pool import Pool, default_devices
-from crossenc.precision import keep_in_float32
+from crossenc.precision import resolve_dtype
 from crossenc.ranking import order
 from crossenc.records import TokenizedPairs
 from crossenc.saving import SaveMixin
-from crossenc.source import ModelSource, resolve_dtype, source_of_folder, source_of_modules, split_dtype
+from crossenc.source import ModelSource, source_of_folder, source_of_modules, split_dtype
 from crossenc.tokenizer import PairTokenizer, check_texts, position_limit, wrap_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -103,14 +104,14 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
     ) -> None:
         """Load `model_name_or_path`.
 
-        `max_length` is in tokens; `dtype` a torch dtype or its name (float32 when None); `device` the fastest that
-        the machine has when None. `activation_fn` maps float32 logits [B, L] to scores and `num_labels` is L; both
-        are the checkpoint's own when None. `prompts` are texts by name to put before queries, `default_prompt_name`
-        the one used unless a call names another. `keep_in_fp32_modules` are paths of linear layers that compute in
-        float32 whatever `dtype` is, the checkpoint's own when None. `max_batch_tokens` bounds a batch's padded tokens.
-        `model_kwargs`, `processor_kwargs`, `config_kwargs` and `token` go to transformers and the hub,
-        `storage_options` to a URI's file system. A backbone without a head gets a new one, to be trained; it gives no
-        scores before that.
+        `max_length` is in tokens; `dtype` a torch dtype, its name (float32 when None) or "auto", which is bfloat16
+        where the device is fast at it; `device` the fastest that the machine has when None. `activation_fn` maps
+        float32 logits [B, L] to scores and `num_labels` is L; both are the checkpoint's own when None. `prompts` are
+        texts by name to put before queries, `default_prompt_name` the one used unless a call names another.
+        `keep_in_fp32_modules` are paths of linear layers that compute in float32 whatever `dtype` is, the checkpoint's
+        own when None. `max_batch_tokens` bounds a batch's tokens, padding included. `model_kwargs`,
+        `processor_kwargs`, `config_kwargs` and `token` go to transformers and the hub, `storage_options` to a URI's
+        file system. A backbone without a head gets a new one, to be trained; it gives no scores before that.
         Raises InputError, CheckpointError or StorageError as `crossenc.checkpoint.fetch` does, ConfigError for a
         setting that does not fit the checkpoint or is not supported, TypeError for an unknown argument.
         """
@@ -122,6 +123,7 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
         config_settings, processor_settings = dict(config_kwargs or {}), dict(processor_kwargs or {})
         stated_labels = config_settings.pop("num_labels", None)
         stated_length = processor_settings.pop("model_max_length", None)
+        chosen_device = default_device() if device is None else torch.device(device)
         if modules is not None:
             source = source_of_modules(modules)
         else:
@@ -134,7 +136,7 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
                 revision,
                 base=fetch_base(folder, **places),
                 num_labels=stated_labels if num_labels is None else num_labels,
-                dtype=stated_dtype if dtype is None else resolve_dtype(dtype),
+                dtype=resolve_dtype(stated_dtype if dtype is None else dtype, chosen_device),
                 config_settings=config_settings,
                 model_settings=model_settings,
                 processor_settings=processor_settings,
@@ -153,7 +155,7 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
         self.set_keep_in_fp32_modules(
             source.layout.fp32_modules if keep_in_fp32_modules is None else keep_in_fp32_modules
         )
-        self.to(default_device() if device is None else torch.device(device))
+        self.to(chosen_device)
         self.eval()
         self._engine()  # its limits are checked now
 

@@ -142,11 +142,13 @@ class Transformer(nn.Module):
         # Imported here because loading checkpoints and knowing their tokenizers build on the parts.
         from crossenc.checkpoint import fetch
         from crossenc.loading import load_config, load_model, set_num_labels
+        from crossenc.precision import resolve_dtype
         from crossenc.source import split_dtype
         from crossenc.tokenizer import load_fast_tokenizer
 
         folder = fetch(name)
-        dtype, rest = split_dtype(model_settings)
+        stated_dtype, rest = split_dtype(model_settings)
+        dtype = resolve_dtype(stated_dtype, torch.device("cpu"))
         config = load_config(folder, config_settings)
         set_num_labels(config, config_settings.get("num_labels"))
         self.model, missing = load_model(folder, config, self.task, dtype, rest)

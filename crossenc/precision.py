@@ -1,39 +1,41 @@
-"""Linear layers that compute in float32 inside of a network that computes in less."""
+"""Number formats: which one a model's forward pass uses. Knows devices, no models."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
 
 from crossenc.errors import ConfigError
 
-
-class Float32Linear(nn.Linear):
-    """A linear layer that computes in float32, also under autocast, whatever its weights are kept in."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        with torch.autocast(input.device.type, enabled=False):
-            bias = None if self.bias is None else self.bias.float()
-            return nn.functional.linear(input.float(), self.weight.float(), bias)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def keep_in_float32(network: nn.Module, names: Iterable[str]) -> None:
-    """Let the plain linear layers `names` of `network` compute in float32, and no others.
+def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """A torch dtype, given itself or by name; float32 when None, what is fast on `device` when "auto".
 
-    A name is a path such as "0.model.classifier". Raises ConfigError where it is not that of an nn.Linear.
+    Raises ConfigError for an unsupported one.
     """
-    chosen = {}
-    for name in names:
-        try:
-            layer = network.get_submodule(name)
-        except AttributeError:
-            layer = None
-        if type(layer) not in (nn.Linear, Float32Linear):
-            linear = [path for path, part in network.named_modules() if type(part) in (nn.Linear, Float32Linear)]
-            raise ConfigError(f"{name!r} is no linear layer of the model, the last of which is {linear[-1:]}")
-        chosen[id(layer)] = layer
-    for layer in network.modules():
-        if id(layer) in chosen:
-            layer.__class__ = Float32Linear
-        elif type(layer) is Float32Linear:
-            layer.__class__ = nn.Linear  # type: ignore[assignment]  # what it was before
+    if dtype is None:
+        return torch.float32
+    if dtype == "auto":
+        return torch.bfloat16 if is_fast_in_bfloat16(device) else torch.float32
+    if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
+        return dtype
+    if dtype in DTYPES:
+        return DTYPES[str(dtype)]
+    raise ConfigError(f"dtype is {dtype!r}: choose from {', '.join(DTYPES)}, auto")
+
+
+def is_fast_in_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware: NVIDIA's since Ampere, CPUs with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        # Versions of torch that cannot tell are taken at their slowest.
+        features: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+        return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+    return False
+
+
+def is_narrow(dtype: torch.dtype) -> bool:
+    """Whether a format is so coarse that a head is computed in float32 instead."""
+    return dtype in (torch.bfloat16, torch.float16)

@@ -15,8 +15,6 @@ from crossenc.loading import Layout, load_config, load_parts, read_layout
 from crossenc.modules import Transformer
 from crossenc.tokenizer import load_fast_tokenizer
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
@@ -93,19 +91,8 @@ def source_of_modules(modules: Iterable[nn.Module] | Mapping[str, nn.Module]) ->
     return ModelSource(None, parts, layout, parts[0].tokenizer, location=(place, None) if place else None)
 
 
-def split_dtype(model_settings: Mapping[str, Any]) -> tuple[torch.dtype, dict[str, Any]]:
-    """The dtype among settings for a transformers model, by either of its names, and the other settings."""
+def split_dtype(model_settings: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The dtype among settings for a transformers model, by either of its names or None, and the other settings."""
     rest = dict(model_settings)
     old, new = rest.pop("torch_dtype", None), rest.pop("dtype", None)
-    return resolve_dtype(old if new is None else new), rest
-
-
-def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
-    """A torch dtype, given itself or by name; float32 when None. Raises ConfigError for an unsupported one."""
-    if dtype is None:
-        return torch.float32
-    if isinstance(dtype, torch.dtype) and dtype in _DTYPES.values():
-        return dtype
-    if dtype in _DTYPES:
-        return _DTYPES[str(dtype)]
-    raise ConfigError(f"dtype is {dtype!r}: choose from {', '.join(_DTYPES)}")
+    return (old if new is None else new), rest

@@ -116,6 +116,7 @@ class FakeScorer:
 
     seconds_per_pair: float = 0.0
     max_batch_tokens: int = 4096
+    is_packed: bool = False
 
     def score(self, pairs: TokenizedPairs) -> NDArray[np.float32]:
         """Float32 [P]; sleeps `seconds_per_pair` for each pair."""

@@ -24,9 +24,10 @@ class ScoringConfig(_Settings):
         Field(gt=0, description="CPUs, and torch threads, of each actor; 1 beside a GPU by default"),
     ] = None
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], Field(description="number format of the forward pass")
+        Literal["float32", "bfloat16", "float16", "auto"],
+        Field(description="number format of the forward pass; auto is bfloat16 on actors whose device is fast at it"),
     ] = "float32"
-    max_batch_tokens: Annotated[int | None, Field(ge=1, description="padded tokens in one batch")] = None
+    max_batch_tokens: Annotated[int | None, Field(ge=1, description="tokens in one batch")] = None
     max_length: Annotated[int | None, Field(ge=1, description="tokens a pair may have; more are cut")] = None
 
 

@@ -82,7 +82,7 @@ def score_isolated(model: Model, threads: int, scorer: Scorer, pairs: TokenizedP
     Raises ScoreError where no child can be started.
     """
     outcome = Outcome(np.full(len(pairs), np.nan, dtype=np.float32), {})
-    pending = token_budget_batches(pairs.lengths, scorer.max_batch_tokens)[::-1]
+    pending = token_budget_batches(pairs.lengths, scorer.max_batch_tokens, is_packed=scorer.is_packed)[::-1]
     child = _Child(model, threads)
     deaths = 0
     try:

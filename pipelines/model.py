@@ -19,10 +19,13 @@ from pipelines.prepare import Tokenizer
 
 
 class Scorer(Protocol):
-    """Scores tokenised pairs, float32 [P]; works in batches of at most `max_batch_tokens` padded tokens."""
+    """Scores tokenised pairs, float32 [P]; in batches of at most `max_batch_tokens`, without padding if packed."""
 
     @property
     def max_batch_tokens(self) -> int: ...
+
+    @property
+    def is_packed(self) -> bool: ...
 
     def score(self, pairs: TokenizedPairs) -> NDArray[np.float32]: ...
 
@@ -102,7 +105,7 @@ class CheckpointModel:
         engine = Engine.from_checkpoint(
             folder,
             tokenizer,
-            dtype=getattr(torch, self.dtype),
+            dtype=self.dtype,
             device=self.device,
             max_batch_tokens=self.max_batch_tokens,
         )

@@ -215,7 +215,7 @@ class ScoreShards:
     def _score(self, rows: pa.Table, verdict: str) -> tuple[Outcome, int]:
         assert self._scorer is not None
         pairs = good_pairs(rows)
-        num_padded_tokens = padded_tokens(pairs.lengths, self._scorer.max_batch_tokens) if len(pairs) else 0
+        num_padded_tokens = _tokens_with_padding(pairs, self._scorer) if len(pairs) else 0
         if verdict == "refuse":
             crash = ("scoring_crash", "the shard ended its scoring process again and again")
             scores = np.full(len(pairs), np.nan, dtype=np.float32)
@@ -226,6 +226,10 @@ class ScoreShards:
         if outcome.failures and is_broken(self._context.model, self._scorer):
             os._exit(1)  # an error that stays, as CUDA's do: a new process starts the shard again
         return outcome, num_padded_tokens
+
+
+def _tokens_with_padding(pairs: TokenizedPairs, scorer: Scorer) -> int:
+    return pairs.num_tokens if scorer.is_packed else padded_tokens(pairs.lengths, scorer.max_batch_tokens)
 
 
 def good_pairs(rows: pa.Table) -> TokenizedPairs:

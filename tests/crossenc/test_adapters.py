@@ -20,7 +20,7 @@ from crossenc.loading import quiet_transformers
 from crossenc.testing import tiny_checkpoint
 from tests.parity import test_checkpoint_layouts as layouts
 
-TOLERANCE = 1e-6
+TOLERANCE = 5e-6  # of logits: theirs pads, ours packs, and float32 sums in another order
 PAIRS = layouts.PAIRS
 BERT_LAYERS = ["query", "value"]
 
@@ -38,7 +38,7 @@ def shake(model: Any) -> None:
 
 
 def assert_same(scores: Any, expected: Any) -> None:
-    np.testing.assert_allclose(scores, expected, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(scores, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 
 import numpy as np
 import pytest
@@ -37,6 +37,30 @@ def test_a_cap_on_pairs_applies_beside_the_token_budget() -> None:
 def test_no_pairs_make_no_batches() -> None:
     assert token_budget_batches(np.empty(0, np.int64), 10) == []
     assert padded_tokens(np.empty(0, np.int64), 10) == 0
+
+
+def test_packed_batches_are_filled_with_tokens_longest_pairs_first() -> None:
+    lengths = np.array([3, 9, 5, 4, 9])
+    assert as_lists(token_budget_batches(lengths, 18, is_packed=True)) == [[1, 4], [2, 3, 0]]
+    assert as_lists(token_budget_batches(lengths, 27, is_packed=True)) == [[1, 4, 2, 3], [0]]
+    assert as_lists(token_budget_batches(lengths, 1, is_packed=True)) == [[1], [4], [2], [3], [0]]
+    assert as_lists(token_budget_batches(lengths, 27, max_batch_pairs=3, is_packed=True)) == [[1, 4, 2], [3, 0]]
+
+
+@given(lengths_strategy, st.integers(1, 200), st.integers(1, 30), st.none() | st.integers(1, 10))
+def test_every_pair_is_in_exactly_one_packed_batch_that_is_as_full_as_it_can_be(
+    lengths: np.ndarray, max_batch_tokens: int, window: int, max_batch_pairs: int | None
+) -> None:
+    batches = token_budget_batches(lengths, max_batch_tokens, window, max_batch_pairs, is_packed=True)
+    assert sorted(index for batch in batches for index in batch.tolist()) == list(range(len(lengths)))
+    tokens = np.maximum(1, lengths)
+    for batch, following in zip_longest(batches, batches[1:]):
+        assert len(batch) == 1 or tokens[batch].sum() <= max_batch_tokens
+        assert max_batch_pairs is None or len(batch) <= max_batch_pairs
+        assert len(set((batch // window).tolist())) == 1
+        assert (np.diff(lengths[batch]) <= 0).all()
+        if following is not None and following[0] // window == batch[0] // window and len(batch) != max_batch_pairs:
+            assert tokens[batch].sum() + tokens[following[0]] > max_batch_tokens
 
 
 def test_padded_tokens_count_every_pair_at_its_batchs_longest() -> None:

@@ -170,7 +170,7 @@ def test_scoring_leaves_no_gradients_and_no_autograd_mode(
 def test_finished_batches_are_reported(bert: tuple[PairTokenizer, Engine], pairs: TokenizedPairs) -> None:
     counts: list[int] = []
     replace(bert[1], max_batch_tokens=200).score(pairs, counts.append)
-    assert counts == [len(batch) for batch in token_budget_batches(pairs.lengths, 200)]
+    assert counts == [len(batch) for batch in token_budget_batches(pairs.lengths, 200, is_packed=True)]
 
 
 @pytest.mark.parametrize("num_tokens", [1000, 300, 63])

@@ -1,4 +1,6 @@
-from pathlib import Path
+"""Number formats by name, and the one that suits a device."""
+
+from typing import Any
 
 import pytest
 import torch
@@ -6,43 +8,67 @@ import torch
 from crossenc import CrossEncoder
 from crossenc.engine import Engine
 from crossenc.errors import ConfigError
+from crossenc.precision import is_narrow, resolve_dtype
 from crossenc.testing import tiny_checkpoint
 from crossenc.tokenizer import load_tokenizer
 
-HEAD = "0.model.classifier"
-PAIRS = [("what is water", "the river of the city"), ("how is bread", "stone " * 30)]
+CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [(None, torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16), (torch.float16, torch.float16)],
+)
+def test_a_dtype_is_given_by_name_or_itself(given: Any, found: torch.dtype) -> None:
+    assert resolve_dtype(given, CPU) == found
+    assert is_narrow(found) == (found != torch.float32)
 
 
-def test_a_kept_layer_computes_in_float32_in_a_bfloat16_model_and_under_autocast(folder: Path) -> None:
-    model = CrossEncoder(folder, device="cpu", dtype="bfloat16", keep_in_fp32_modules=[HEAD])
-    seen = []
-    head = model.get_submodule(HEAD)
-    head.register_forward_hook(lambda layer, inputs, output: seen.append((output.dtype, layer.weight.dtype)))
-    model.predict(PAIRS)
-    assert seen == [(torch.float32, torch.bfloat16)]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert head(torch.ones(1, 32)).dtype == torch.float32
+@pytest.mark.parametrize("given", ["int8", "torch.float32", torch.float64, 16])
+def test_another_dtype_is_refused_with_the_choice(given: Any) -> None:
+    with pytest.raises(ConfigError, match="choose from float32, bfloat16, float16, auto"):
+        resolve_dtype(given, CPU)
 
 
-def test_the_choice_is_saved_and_can_be_taken_back(folder: Path, tmp_path: Path) -> None:
-    model = CrossEncoder(folder, device="cpu", keep_in_fp32_modules=[HEAD])
-    model.save_pretrained(tmp_path)
-    loaded = CrossEncoder(tmp_path, device="cpu", dtype="bfloat16")
-    assert loaded.keep_in_fp32_modules == [HEAD]
-    scores = loaded.predict(PAIRS)
-    engine = Engine.from_checkpoint(tmp_path, load_tokenizer(tmp_path), dtype=torch.bfloat16, device="cpu")
-    assert engine.score(load_tokenizer(tmp_path).encode(*zip(*PAIRS, strict=True))).tolist() == scores.tolist()
-    loaded.set_keep_in_fp32_modules([])
-    assert type(loaded.get_submodule(HEAD)) is torch.nn.Linear
-    assert loaded.predict(PAIRS).tolist() != scores.tolist()
+@pytest.mark.parametrize(
+    ("features", "found"),
+    [
+        ({"avx2": True, "avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, torch.float32),
+        ({"avx512_bf16": True, "amx_bf16": False}, torch.bfloat16),
+        ({"avx512_bf16": False, "amx_bf16": True}, torch.bfloat16),
+        ({"neon": True}, torch.float32),
+    ],
+)
+def test_auto_is_bfloat16_on_processors_that_multiply_it(
+    features: dict[str, bool], found: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
+    assert resolve_dtype("auto", CPU) == found
 
 
-@pytest.mark.parametrize("name", ["0.model.clasifier", "0.model.bert"])
-def test_only_linear_layers_can_be_kept(name: str, folder: Path) -> None:
-    with pytest.raises(ConfigError, match=f"{name}.* is no linear layer of the model, the last of which is"):
-        CrossEncoder(folder, device="cpu", keep_in_fp32_modules=[name])
+@pytest.mark.parametrize(("capability", "found"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
+def test_auto_is_bfloat16_on_cuda_devices_since_ampere(
+    capability: tuple[int, int], found: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert resolve_dtype("auto", torch.device("cuda")) == found
+
+
+def test_auto_is_float32_on_other_devices() -> None:
+    assert resolve_dtype("auto", torch.device("mps")) == torch.float32
+
+
+def test_this_processor_names_the_features_that_decide() -> None:
+    """Of x86; torch names none of them elsewhere."""
+    features = torch.cpu.get_capabilities()
+    if features["architecture"] != "x86_64":
+        pytest.skip(f"torch names other features on {features['architecture']}")
+    assert {"avx512_bf16", "amx_bf16"} <= features.keys()
+
+
+def test_models_and_engines_take_auto(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    folder = tiny_checkpoint(tmp_path)
+    assert CrossEncoder(folder, device="cpu", dtype="auto").dtype == torch.bfloat16
+    engine = Engine.from_checkpoint(folder, load_tokenizer(folder), dtype="auto", device="cpu")
+    assert next(engine.network.parameters()).dtype == torch.bfloat16

@@ -36,7 +36,10 @@ def test_overrides_set_values_inside_groups_with_yaml_types(tmp_path):
         (GOOD + "scoring: {actor: 3}\n", "unknown key scoring.actor; did you mean actors?"),
         (GOOD + "interpolate: {wieght: 0.3}\n", "did you mean weight?"),
         (GOOD + "top_k: 0\n", "top_k: Input should be greater than or equal to 1"),
-        (GOOD + "scoring: {dtype: int3}\n", "scoring.dtype: Input should be 'float32', 'bfloat16' or 'float16'"),
+        (
+            GOOD + "scoring: {dtype: int3}\n",
+            "scoring.dtype: Input should be 'float32', 'bfloat16', 'float16' or 'auto'",
+        ),
         (GOOD + "interpolate: {}\n", "give either weight"),
         (GOOD + "queries: q.parquet\n", "queries and corpus go together"),
         (GOOD + "layout: pairs\nqueries: q\ncorpus: c\n", "layout pairs holds its own texts"),

@@ -28,6 +28,7 @@ class GuiltyScorer:
 
     crimes: dict[int, str]
     max_batch_tokens: int = 2 * PAIR_TOKENS
+    is_packed: bool = False
     is_broken: bool = field(default=False, init=False)
 
     def score(self, pairs: TokenizedPairs) -> NDArray[np.float32]:

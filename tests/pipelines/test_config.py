@@ -67,6 +67,7 @@ CHANGES_RESULTS = [
     {"skip_bad_files": True},
     {"trec_run": True},
     {"scoring": {"dtype": "bfloat16"}},
+    {"scoring": {"dtype": "auto"}},
     {"scoring": {"max_batch_tokens": 99}},
     {"scoring": {"max_length": 99}},
 ]

@@ -56,6 +56,7 @@ class StumblingScorer:
     seconds_per_pair: float
     markers: Mapping[str, int]
     max_batch_tokens: int = 4096
+    is_packed: bool = False
 
     def score(self, pairs: TokenizedPairs) -> NDArray[np.float32]:
         found = {word for word, token in self.markers.items() if (pairs.input_ids == token).any()}

@@ -1,0 +1,223 @@
+"""Attention of sequences that lie end to end without padding, each of which sees itself alone.
+
+transformers' encoders call their attention through a registry; inside `packed_attention` they find this one there.
+Knows no model and no scores.
+
+Shape letters: T tokens of all sequences, B sequences, N sequences of one length, W tokens of each, H heads, E width
+of a head.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cache
+from inspect import signature
+from itertools import groupby
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from crossenc.precision import is_fast_in_bfloat16, is_narrow
+
+#: On CPUs that multiply bfloat16 in hardware, sequences up to this long take two matrix products and a softmax:
+#: 16 of 128 tokens take 1.8 ms so and 5.2 ms by scaled_dot_product_attention (AVX512-BF16, 2 cores). All else
+#: takes the latter. In float32 (AVX2, 1 core, 12 heads of 32, 2,048 tokens) it needs 5.2, 8.2, 11 and 20 ms for
+#: sequences of 16, 64, 128 and 256 tokens, the products 5.3, 9.9, 27 and 45; in bfloat16 without hardware for it
+#: 6, 7, 12 and 18 ms against 29, 81, 160 and 340.
+MAX_PRODUCT_TOKENS = 256
+
+#: What a model's attention is set to while it computes a packed batch.
+PACKED_ATTENTION = "crossenc_packed"
+
+
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """Where each of B sequences begins and ends. `starts` is int32 [B + 1] on the device and ends in T."""
+
+    lengths: NDArray[np.int64]
+    starts: Tensor
+    _groups: list[tuple[int, int, int]] = field(init=False, default_factory=list)
+    _masks: dict[tuple[int, int], Tensor] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        first = 0
+        for length, same in groupby(self.lengths.tolist()):
+            num_tokens = length * len(list(same))
+            self._groups.append((first, first + num_tokens, length))
+            first += num_tokens
+
+    @property
+    def first_tokens(self) -> Tensor:
+        """The place of every sequence's first token, int64 [B] on the device."""
+        return self.starts[:-1].long()
+
+    @property
+    def groups(self) -> list[tuple[int, int, int]]:
+        """Neighbours of equal length: first token, the one after the last, and length of each."""
+        return self._groups
+
+    def window_mask(self, length: int, window: int) -> Tensor:
+        """Which tokens of a sequence see which, bool [W, W]: those at most `window` tokens away."""
+        if (length, window) not in self._masks:
+            places = torch.arange(length, device=self.starts.device)
+            self._masks[length, window] = (places[:, None] - places[None, :]).abs() <= window
+        return self._masks[length, window]
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A packed forward pass. Of the states of `last`, an attention module, only first tokens' are asked for."""
+
+    sequences: Sequences
+    last: torch.nn.Module | None
+
+
+_current: ContextVar[_Call | None] = ContextVar("the packed forward pass of this thread", default=None)
+#: An attention implementation is an attribute of a model's configuration, which models may share: threads take turns.
+_lock = Lock()
+
+
+def current_sequences() -> Sequences | None:
+    """The sequences of the packed batch that this thread is computing; None outside of one."""
+    call = _current.get()
+    return None if call is None else call.sequences
+
+
+@contextmanager
+def packed_attention(
+    model: PreTrainedModel, sequences: Sequences, last: torch.nn.Module | None = None
+) -> Iterator[None]:
+    """Let calls of `model` in this thread take [1, T] tokens for `sequences`; it is as before after the block.
+
+    The attention module `last`, if any, gives the states of first tokens alone, and zeros for the others. Calls in
+    other threads meanwhile compute what they always do.
+    """
+    AttentionInterface.register(PACKED_ATTENTION, _attention)
+    AttentionMaskInterface.register(PACKED_ATTENTION, _mask)
+    with _lock:
+        before = model.config._attn_implementation
+        token = _current.set(_Call(sequences, last))
+        try:
+            model.set_attn_implementation(PACKED_ATTENTION)
+            yield
+        finally:
+            model.set_attn_implementation(before)
+            _current.reset(token)
+
+
+def _mask(*args: Any, **settings: Any) -> Tensor | None:
+    return None if _current.get() is not None else sdpa_mask(*args, **settings)
+
+
+def _attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
+) -> tuple[Tensor, None]:
+    """As transformers calls it: query, key and value [1, H, T, E] to states [1, T, H, E], and no weights."""
+    call = _current.get()
+    if call is None:  # a padded call in another thread
+        unpacked: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+        return unpacked
+    reach = settings.get("sliding_window")  # counts the token itself
+    scale = query.shape[-1] ** -0.5 if settings.get("scaling") is None else settings["scaling"]
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+    window = None if reach is None else reach - 1
+    return attend(q, k, v, scale, call.sequences, window, first_only=module is call.last).unsqueeze(0), None
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    sequences: Sequences,
+    window: int | None = None,
+    *,
+    first_only: bool = False,
+) -> Tensor:
+    """Attention within each sequence: query, key and value [T, H, E] to states [T, H, E].
+
+    With a `window`, a token sees those at most so many tokens away. With `first_only` the states of all but first
+    tokens are zeros, and cost nothing.
+    """
+    asked = query[sequences.first_tokens] if first_only else query
+    # The kernel would place a lone query at the end of its window.
+    by_kernel = _takes_varlen(query) and not (first_only and window is not None)
+    attention = _varlen if by_kernel else _by_length
+    states = attention(asked, key, value, scale, sequences, window)
+    return torch.zeros_like(query).index_copy(0, sequences.first_tokens, states) if first_only else states
+
+
+def _by_length(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, sequences: Sequences, window: int | None
+) -> Tensor:
+    """Neighbours of equal length at once; a query of all tokens [T, H, E], or of first ones [B, H, E]."""
+    by_product = query.device.type == "cpu" and is_narrow(query.dtype) and is_fast_in_bfloat16(query.device)
+    is_short = len(query) < len(key)
+    parts, num_asked = [], 0
+    for first, end, length in sequences.groups:
+        num_sequences, num_queries = (end - first) // length, 1 if is_short else length
+        asked = query[num_asked : num_asked + num_sequences * num_queries]
+        num_asked += len(asked)
+        q, k, v = (
+            states.view(num_sequences, -1, *query.shape[1:]).transpose(1, 2)
+            for states in (asked, key[first:end], value[first:end])
+        )
+        if window is not None and length > window + 1:
+            mask = sequences.window_mask(length, window)[:num_queries]
+            states = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        elif by_product and length <= MAX_PRODUCT_TOKENS:
+            states = _products(q, k, v, scale)
+        else:
+            states = functional.scaled_dot_product_attention(q, k, v, scale=scale)
+        parts.append(states.transpose(1, 2).reshape(asked.shape))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _products(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Queries [N, H, W or 1, E] to states; faster than the fused kernel where the matrix products are."""
+    q, k, v = (states.flatten(0, 1) for states in (query, key, value))
+    weights = torch.bmm(q * scale, k.transpose(1, 2)).softmax(dim=-1)
+    return torch.bmm(weights, v).view(query.shape)
+
+
+def _takes_varlen(query: Tensor) -> bool:
+    """Whether torch's kernel for packed sequences takes it: flash attention, so CUDA since Ampere and 16 bits."""
+    return (
+        query.device.type == "cuda"
+        and is_narrow(query.dtype)
+        and query.shape[-1] % 8 == 0
+        and query.shape[-1] <= 256
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and _varlen_has_windows()
+    )
+
+
+@cache
+def _varlen_has_windows() -> bool:
+    """Whether this version of torch lets a scale and a window be given; 2.10, the first with the kernel, does not."""
+    return {"scale", "window_size"} <= signature(varlen_attn).parameters.keys()
+
+
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, sequences: Sequences, window: int | None
+) -> Tensor:
+    starts, longest = sequences.starts, int(sequences.lengths.max())
+    query_starts, longest_query = starts, longest
+    if len(query) < len(key):  # first tokens alone
+        query_starts, longest_query = torch.arange(len(starts), dtype=starts.dtype, device=starts.device), 1
+    reach = (-1, -1) if window is None else (window, window)
+    states = varlen_attn(
+        query, key, value, query_starts, starts, longest_query, longest, scale=scale, window_size=reach
+    )
+    assert isinstance(states, Tensor)  # a pair only where more was asked for
+    return states

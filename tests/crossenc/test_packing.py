@@ -1,0 +1,459 @@
+"""Packed batches give the scores of padded ones, and leave the model as it was."""
+
+import copy
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+
+from crossenc import CrossEncoder, attention
+from crossenc.attention import MAX_PRODUCT_TOKENS, Sequences, _products, attend, packed_attention
+from crossenc.engine import Engine
+from crossenc.loading import quiet_transformers
+from crossenc.modules import POOLING_MODES, Dense, LayerNorm, Pooling, Transformer
+from crossenc.packing import why_padded
+from crossenc.records import TokenizedPairs
+from crossenc.testing import tiny_checkpoint
+
+TOLERANCE = 1e-5
+PADDING_ID = 1
+NUM_WORDS = 50
+MAX_LENGTH = 40
+
+SIZES = {
+    "vocab_size": NUM_WORDS,
+    "pad_token_id": PADDING_ID,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": MAX_LENGTH + PADDING_ID + 1,
+    "initializer_range": 0.2,
+}
+MODERNBERT = {"bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3, "num_hidden_layers": 4}
+PACKED: dict[str, dict[str, Any]] = {
+    "bert": {},
+    "roberta": {"type_vocab_size": 2},
+    "xlm-roberta": {"type_vocab_size": 2},
+    "electra": {"embedding_size": 16},
+    "distilbert": {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4},
+    "modernbert cls": MODERNBERT | {"local_attention": 8, "classifier_pooling": "cls"},
+    "modernbert mean": MODERNBERT | {"local_attention": 8, "classifier_pooling": "mean"},
+}
+PADDED: dict[str, dict[str, Any]] = {
+    "mpnet": {"relative_attention_num_buckets": 32},
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "type_vocab_size": 2},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
+}
+
+
+def tiny_model(name: str, loader: Any = AutoModelForSequenceClassification, **more: Any) -> nn.Module:
+    config = AutoConfig.for_model(name.partition(" ")[0], **(SIZES | (PACKED | PADDED).get(name, {}) | more))
+    with torch.random.fork_rng(), quiet_transformers():
+        torch.manual_seed(0)
+        return loader.from_config(config).eval()
+
+
+def modular(mode: str | list[str], family: str = "bert") -> list[nn.Module]:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        width = 32 * (1 if isinstance(mode, str) else len(mode))
+        return [
+            Transformer(tiny_model(family, AutoModel)),
+            Pooling(32, mode),
+            Dense(width, 16),
+            LayerNorm(16),
+            Dense(16, 2, activation_function=nn.Identity(), module_output_name="scores"),
+        ]
+
+
+def engine_of(*parts: nn.Module, num_labels: int = 2, max_batch_tokens: int = 100) -> Engine:
+    return Engine(
+        network=nn.Sequential(*parts).eval(),
+        num_labels=num_labels,
+        pad_token_id=PADDING_ID,
+        padding_side="right",
+        activation=nn.Identity(),
+        device=torch.device("cpu"),
+        max_batch_tokens=max_batch_tokens,
+    )
+
+
+def classify(model: nn.Module) -> Transformer:
+    return Transformer(model, transformer_task="sequence-classification")
+
+
+def classifier(name: str, **more: Any) -> Engine:
+    return engine_of(classify(tiny_model(name, **more)))
+
+
+def random_pairs(lengths: list[int], seed: int = 0, with_types: bool = True, smallest_id: int = 2) -> TokenizedPairs:
+    """Random ids, of which `smallest_id` is the smallest: the padding id may stand in a text."""
+    rng = np.random.default_rng(seed)
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+    ids = rng.integers(smallest_id, NUM_WORDS, offsets[-1]).astype(np.int32)
+    types = rng.integers(0, 2, offsets[-1]).astype(np.uint8) if with_types else None
+    return TokenizedPairs(ids, offsets, types, np.zeros(len(lengths), bool))
+
+
+PACKED_ENGINES: dict[str, Callable[[], Engine]] = {
+    **{name: (lambda name=name: classifier(name)) for name in PACKED},
+    **{f"pooling by {mode}": (lambda mode=mode: engine_of(*modular(mode))) for mode in POOLING_MODES},
+    "pooling by three": lambda: engine_of(*modular(["mean", "cls", "max"], "modernbert mean")),
+}
+
+
+@pytest.fixture(scope="module", params=list(PACKED_ENGINES))
+def packed(request: pytest.FixtureRequest) -> Engine:
+    return PACKED_ENGINES[request.param]()
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, MAX_LENGTH), min_size=1, max_size=14),
+    max_batch_tokens=st.integers(1, 300),
+    seed=st.integers(0, 99),
+    with_types=st.booleans(),
+)
+def test_packed_scores_equal_padded_ones(
+    packed: Engine, lengths: list[int], max_batch_tokens: int, seed: int, with_types: bool
+) -> None:
+    is_typed = packed.network[0].model.config.model_type in ("bert", "roberta", "xlm-roberta", "electra")
+    pairs = random_pairs(lengths, seed, with_types and is_typed, smallest_id=PADDING_ID)
+    engine = replace(packed, max_batch_tokens=max_batch_tokens)
+    assert engine.forward_kind == "packed"
+    np.testing.assert_allclose(engine.score(pairs), replace(packed, may_pack=False).score(pairs), atol=TOLERANCE)
+
+
+def test_packed_scores_tell_pairs_apart(packed: Engine) -> None:
+    assert packed.score(random_pairs([5, 9, 9, 30])).std(axis=0).min() > 1e-3
+
+
+@pytest.fixture
+def seen_shapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
+    """Shapes of the token ids that any BERT embeds."""
+    from transformers.models.bert.modeling_bert import BertEmbeddings
+
+    shapes: list[tuple[int, int]] = []
+    embed = BertEmbeddings.forward
+
+    def spy(self: Any, input_ids: torch.Tensor, **inputs: Any) -> Any:
+        shapes.append(tuple(input_ids.shape))
+        return embed(self, input_ids=input_ids, **inputs)
+
+    monkeypatch.setattr(BertEmbeddings, "forward", spy)
+    yield shapes
+
+
+def test_a_packed_batch_holds_tokens_and_no_padding(seen_shapes: list[tuple[int, int]]) -> None:
+    classifier("bert").score(random_pairs([40, 3, 38, 20, 1, 30]))
+    assert seen_shapes == [(1, 78), (1, 54)]  # 40 + 38 and 30 + 20 + 3 + 1 of 100
+
+
+def test_the_last_layer_feeds_forward_first_tokens_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.bert.modeling_bert import BertIntermediate
+
+    shapes: list[tuple[int, ...]] = []
+    forward = BertIntermediate.forward
+
+    def spy(self: Any, states: torch.Tensor) -> Any:
+        shapes.append(tuple(states.shape[:2]))
+        return forward(self, states)
+
+    monkeypatch.setattr(BertIntermediate, "forward", spy)
+    classifier("bert").score(random_pairs([40, 3, 38]))
+    assert shapes == [(1, 81), (1, 3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("mpnet", "MPNetForSequenceClassification is not known"),
+        ("deberta-v2", "DebertaV2ForSequenceClassification is not known"),
+        ("qwen3", "Qwen3ForSequenceClassification is not known"),
+    ],
+)
+def test_other_families_are_padded_and_say_so(name: str, reason: str) -> None:
+    engine = classifier(name)
+    assert not engine.is_packed
+    assert engine.forward_kind.startswith(f"padded: {reason}")
+    pairs = random_pairs([5, 30, 12], with_types=False)
+    alone = [engine.score(random_slice(pairs, i)) for i in range(3)]
+    np.testing.assert_allclose(engine.score(pairs), np.concatenate(alone), atol=TOLERANCE)
+
+
+def random_slice(pairs: TokenizedPairs, i: int) -> TokenizedPairs:
+    start, end = pairs.offsets[i], pairs.offsets[i + 1]
+    return TokenizedPairs(pairs.input_ids[start:end], np.array([0, end - start]), None, np.zeros(1, bool))
+
+
+def spoil_by_hook(network: nn.Sequential) -> None:
+    network[0].model.bert.encoder.register_forward_hook(lambda *_: None)
+
+
+def spoil_by_compiling(network: nn.Sequential) -> None:
+    network[0].model.bert.encoder.compile(backend="eager")
+
+
+def spoil_by_attention(network: nn.Sequential) -> None:
+    network[0].model.set_attn_implementation("eager")
+
+
+def spoil_by_output(network: nn.Sequential) -> None:
+    network[0].model.set_attn_implementation("eager")
+    network[0].model.config.output_attentions = True
+
+
+def spoil_by_forward(network: nn.Sequential) -> None:
+    model = network[0].model
+    model.forward = model.forward
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (spoil_by_hook, "compiled, or has hooks"),
+        (spoil_by_compiling, "compiled, or has hooks"),
+        (spoil_by_forward, "compiled, or has hooks"),
+        (spoil_by_attention, "attention is set to eager"),
+        (spoil_by_output, "return attentions"),
+    ],
+)
+def test_a_model_that_somebody_altered_is_padded(spoil: Callable[[nn.Sequential], None], reason: str) -> None:
+    engine = classifier("bert")
+    pairs = random_pairs([5, 30, 12])
+    expected = engine.score(pairs)
+    spoil(engine.network)
+    assert reason in engine.forward_kind
+    np.testing.assert_allclose(engine.score(pairs), expected, atol=TOLERANCE)
+
+
+def test_unknown_parts_and_devices_are_padded() -> None:
+    class Shifted(Transformer):
+        def forward(self, features: Any) -> Any:
+            features = super().forward(features)
+            return {**features, "scores": features["scores"] + 1}
+
+    model = tiny_model("bert")
+    assert "part that is not known" in str(
+        why_padded(nn.Sequential(Shifted(model, transformer_task="sequence-classification")), torch.device("cpu"))
+    )
+    assert "no packed attention on mps" in str(why_padded(nn.Sequential(classify(model)), torch.device("mps")))
+    assert "not a plain sequence" in str(why_padded(model, torch.device("cpu")))
+    pairs = random_pairs([5, 30])
+    plain = engine_of(classify(model)).score(pairs)
+    np.testing.assert_allclose(
+        engine_of(Shifted(model, transformer_task="sequence-classification")).score(pairs), plain + 1, atol=TOLERANCE
+    )
+
+
+def test_packing_leaves_the_model_as_it_was(packed: Engine) -> None:
+    model = packed.network[0].model
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modules = [id(module) for module in packed.network.modules()]
+    configuration = copy.deepcopy(vars(model.config))
+    packed.score(random_pairs([5, 9, 30]))
+    assert model.config._attn_implementation == "sdpa"
+    assert vars(model.config) == configuration
+    assert [id(module) for module in packed.network.modules()] == modules
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_packed_model_can_be_called_copied_trained_and_saved(tmp_path: Any) -> None:
+    model = CrossEncoder(tiny_checkpoint(tmp_path / "in"), device="cpu")
+    pairs = [("what", "the water of the river"), ("how", "stone")]
+    scores = model.predict(pairs)
+    assert model.engine.forward_kind == "packed"
+    np.testing.assert_allclose(torch.sigmoid(model.logits(pairs).detach())[:, 0], scores, atol=TOLERANCE)
+    np.testing.assert_allclose(copy.deepcopy(model).predict(pairs), scores, atol=TOLERANCE)
+    model.save_pretrained(str(tmp_path / "out"))
+    np.testing.assert_allclose(CrossEncoder(tmp_path / "out", device="cpu").predict(pairs), scores, atol=TOLERANCE)
+    model.logits(pairs).sum().backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.1 * parameter.grad
+    changed = model.predict(pairs)
+    assert abs(changed - scores).max() > 1e-3
+    np.testing.assert_allclose(torch.sigmoid(model.logits(pairs).detach())[:, 0], changed, atol=TOLERANCE)
+
+
+def test_an_error_in_a_packed_batch_leaves_the_model_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = classifier("bert")
+    pairs = random_pairs([5, 9])
+    expected = engine.score(pairs)
+    bad = replace(pairs, input_ids=pairs.input_ids + NUM_WORDS)
+    with pytest.raises(IndexError):
+        engine.score(bad)
+    assert engine.network[0].model.config._attn_implementation == "sdpa"
+    assert engine.score(pairs).tobytes() == expected.tobytes()
+
+
+def test_a_padded_call_in_another_thread_is_not_disturbed() -> None:
+    model = tiny_model("modernbert mean")
+    ids = torch.randint(2, NUM_WORDS, (2, MAX_LENGTH))
+    mask = torch.arange(MAX_LENGTH).expand(2, -1) < torch.tensor([[MAX_LENGTH], [20]])
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits
+    found = []
+
+    def call() -> None:
+        with torch.no_grad():
+            found.append(model(ids, attention_mask=mask).logits)
+
+    with packed_attention(model, Sequences(np.array([3]), torch.tensor([0, 3]))):
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+    torch.testing.assert_close(found[0], expected)
+
+
+def test_threads_that_share_a_model_get_their_own_scores() -> None:
+    engine = classifier("bert")
+    inputs = [random_pairs([3 + i, 20, 9, 31 - i], seed=i) for i in range(4)]
+    expected = [engine.score(pairs) for pairs in inputs]
+    found: dict[int, list[np.ndarray]] = {}
+
+    def work(i: int) -> None:
+        found[i] = [engine.score(inputs[i]) for _ in range(5)]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(scores.tobytes() == expected[i].tobytes() for i in range(4) for scores in found[i])
+
+
+@pytest.mark.parametrize("num_tokens", [120, 60, 40])
+def test_out_of_memory_halves_packed_batches(num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.bert.modeling_bert import BertEmbeddings
+
+    engine = classifier("bert")
+    pairs = random_pairs([40, 3, 38, 20, 1, 30, 30, 17, 5])
+    expected = engine.score(pairs)
+    embed, tried = BertEmbeddings.forward, []
+
+    def cramped(self: Any, input_ids: torch.Tensor, **inputs: Any) -> Any:
+        tried.append(input_ids.shape[1])
+        if input_ids.shape[1] > num_tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return embed(self, input_ids=input_ids, **inputs)
+
+    monkeypatch.setattr(BertEmbeddings, "forward", cramped)
+    counts: list[int] = []
+    scores = replace(engine, max_batch_tokens=1000).score(pairs, counts.append)
+    np.testing.assert_allclose(scores, expected, atol=TOLERANCE)
+    assert sum(counts) == len(pairs)
+    failed = [tokens for tokens in tried if tokens > num_tokens]
+    assert failed[0] == pairs.num_tokens
+    assert all(later <= earlier / 2 for earlier, later in pairwise(failed))
+    assert sum(tokens for tokens in tried if tokens <= num_tokens) == pairs.num_tokens  # none was computed twice
+
+
+@pytest.mark.parametrize("name", [*PACKED, *PADDED])
+def test_the_head_of_a_narrow_model_is_computed_in_float32(name: str) -> None:
+    engine = classifier(name)
+    pairs = random_pairs([5, 30, 12, 12], with_types=False)
+    expected = engine.score(pairs)
+    engine.network.bfloat16()
+    scores = engine.score(pairs)
+    assert all(parameter.dtype == torch.bfloat16 for parameter in engine.network.parameters())
+    # A logit of 8 bits of mantissa would be its own rounding to bfloat16.
+    assert not np.array_equal(torch.from_numpy(scores).bfloat16().float().numpy(), scores)
+    np.testing.assert_allclose(scores, expected, atol=0.15 * max(1, abs(expected).max()))
+    np.testing.assert_allclose(
+        replace(engine, may_pack=False).score(pairs), scores, atol=0.1 * max(1, abs(expected).max())
+    )
+
+
+def test_a_modular_head_of_a_narrow_model_is_computed_in_float32() -> None:
+    engine = engine_of(*modular("mean"))
+    pairs = random_pairs([5, 30, 12, 12])
+    expected = engine.score(pairs)
+    engine.network.bfloat16()
+    scores = engine.score(pairs)
+    assert not np.array_equal(torch.from_numpy(scores).bfloat16().float().numpy(), scores)
+    np.testing.assert_allclose(scores, expected, atol=0.15 * max(1, abs(expected).max()))
+
+
+@pytest.mark.parametrize("length", [1, 7, MAX_PRODUCT_TOKENS])
+def test_the_products_equal_the_fused_kernel(length: int) -> None:
+    query, key, value = torch.randn(3, 2, 4, length, 8).unbind()
+    fused = nn.functional.scaled_dot_product_attention(query, key, value, scale=0.3)
+    torch.testing.assert_close(_products(query, key, value, 0.3), fused, atol=1e-5, rtol=1e-5)
+
+
+def test_sequences_see_themselves_alone_and_in_a_window_their_neighbours() -> None:
+    lengths = np.array([9, 4, 4, 1])
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    query, key, value = torch.randn(3, starts[-1], 2, 8).unbind()
+    places = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))
+    owner = torch.from_numpy(np.repeat(np.arange(4), lengths))
+    together = owner[:, None] == owner[None, :]
+    for window in (None, 3, 0):
+        near = together if window is None else together & ((places[:, None] - places[None, :]).abs() <= window)
+        weights = torch.einsum("thd,shd->hts", query, key).mul(0.5).masked_fill(~near, -torch.inf).softmax(-1)
+        found = attend(query, key, value, 0.5, Sequences(lengths, torch.from_numpy(starts)), window)
+        expected = torch.einsum("hts,shd->thd", weights, value)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        first = attend(query, key, value, 0.5, Sequences(lengths, torch.from_numpy(starts)), window, first_only=True)
+        expected[places > 0] = 0
+        torch.testing.assert_close(first, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("window", "first_only"), [(None, False), (3, False), (None, True)])
+def test_torchs_kernel_is_asked_for_what_the_groups_compute(
+    window: int | None, first_only: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel runs on CUDA alone: what it is documented to compute stands in for it."""
+
+    def documented(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        query_starts: torch.Tensor,
+        key_starts: torch.Tensor,
+        max_query: int,
+        max_key: int,
+        *,
+        scale: float,
+        window_size: tuple[int, int],
+    ) -> torch.Tensor:
+        assert query_starts.dtype == key_starts.dtype == torch.int32
+        assert (query_starts.diff().max(), key_starts.diff().max()) == (max_query, max_key)
+        parts = []
+        for q, k, v in zip(
+            query.tensor_split(query_starts[1:-1].long()),
+            key.tensor_split(key_starts[1:-1].long()),
+            value.tensor_split(key_starts[1:-1].long()),
+            strict=True,
+        ):
+            distance = torch.arange(len(k))[None, :] - torch.arange(len(q))[:, None]
+            left, right = (len(k) if side == -1 else side for side in window_size)
+            seen = (distance >= -left) & (distance <= right)
+            weights = torch.einsum("thd,shd->hts", q, k).mul(scale).masked_fill(~seen, -torch.inf).softmax(-1)
+            parts.append(torch.einsum("hts,shd->thd", weights, v))
+        return torch.cat(parts)
+
+    lengths = np.array([9, 4, 4, 1])
+    starts = torch.tensor([0, 9, 13, 17, 18], dtype=torch.int32)
+    query, key, value = torch.randn(3, 18, 2, 8).unbind()
+    settings = {"scale": 0.5, "sequences": Sequences(lengths, starts), "window": window, "first_only": first_only}
+    expected = attend(query, key, value, **settings)
+    monkeypatch.setattr(attention, "_takes_varlen", lambda query: True)
+    monkeypatch.setattr(attention, "varlen_attn", documented)
+    torch.testing.assert_close(attend(query, key, value, **settings), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_this_version_of_torch_has_a_kernel_with_windows() -> None:
+    assert attention._varlen_has_windows()
