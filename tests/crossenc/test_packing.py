@@ -251,9 +251,7 @@ def test_unknown_parts_and_devices_are_padded() -> None:
     assert "not a plain sequence" in str(why_padded(model, torch.device("cpu")))
     pairs = random_pairs([5, 30])
     plain = engine_of(classify(model)).score(pairs)
-    np.testing.assert_allclose(
-        engine_of(Shifted(model, transformer_task="sequence-classification")).score(pairs), plain + 1, atol=TOLERANCE
-    )
+    np.testing.assert_allclose(engine_of(shifted).score(pairs), plain + 1, atol=TOLERANCE)
 
 
 def test_packing_leaves_the_model_as_it_was(packed: Engine) -> None:
