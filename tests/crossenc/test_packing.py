@@ -244,9 +244,8 @@ def test_unknown_parts_and_devices_are_padded() -> None:
             return {**features, "scores": features["scores"] + 1}
 
     model = tiny_model("bert")
-    assert "part that is not known" in str(
-        why_padded(nn.Sequential(Shifted(model, transformer_task="sequence-classification")), torch.device("cpu"))
-    )
+    shifted = Shifted(model, transformer_task="sequence-classification")
+    assert "part that is not known" in str(why_padded(nn.Sequential(shifted), torch.device("cpu")))
     assert "no packed attention on mps" in str(why_padded(nn.Sequential(classify(model)), torch.device("mps")))
     assert "not a plain sequence" in str(why_padded(model, torch.device("cpu")))
     pairs = random_pairs([5, 30])
