@@ -21,6 +21,7 @@ from pipelines.plan import FORMAT, Plan
 from pipelines.records import (
     LENGTH_EDGES,
     SCORE_BINS,
+    Agreement,
     RefusedExample,
     RunSummary,
     ShardCounts,
@@ -52,6 +53,7 @@ class FinishedRun:
     shard_records: Mapping[str, ShardRecord]
     interpolation: str
     elapsed_seconds: float
+    agreement: Agreement | None = None
 
 
 def finish(run: FinishedRun, say: Callable[[str], None]) -> ShardCounts:
@@ -208,6 +210,7 @@ def _summarise(run: FinishedRun, counts: ShardCounts, say: Callable[[str], None]
         evaluation=evaluation.comparisons,
         evaluation_note=evaluation.note,
         interpolation=run.interpolation,
+        agreement=run.agreement,
         cost=None if run.config.price_per_hour is None else hours * run.config.price_per_hour,
         versions={package: version(package) for package in _PACKAGES} | {"python": platform.python_version()},
     )
@@ -268,6 +271,7 @@ def _manifest(run: FinishedRun, summary: RunSummary) -> dict[str, object]:
         "counts": asdict(summary.counts),
         "model": summary.model,
         "interpolation": summary.interpolation,
+        "agreement_with_float32": None if summary.agreement is None else asdict(summary.agreement),
         "elapsed_seconds": round(summary.elapsed_seconds, 3),
         "pairs_per_second": round(summary.counts.num_scored / max(summary.elapsed_seconds, 1e-9), 3),
         "time_share": {name: round(value / seconds, 4) for name, value in asdict(summary.seconds).items()},

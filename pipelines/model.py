@@ -50,6 +50,10 @@ class Model(Protocol):
 
     def load_scorer(self, threads: int) -> Scorer: ...
 
+    def exact(self) -> "Model | None":
+        """The same model computed in float32, to compare with; None where it is so already."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class CheckpointModel:
@@ -111,6 +115,9 @@ class CheckpointModel:
         )
         check_canary(engine, tokenizer, self.source)
         return engine
+
+    def exact(self) -> "CheckpointModel | None":
+        return None if self.dtype == "float32" else replace(self, dtype="float32")
 
     def _folder(self) -> Path:
         from crossenc.checkpoint import fetch

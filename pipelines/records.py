@@ -91,6 +91,23 @@ class MeasureComparison:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """How a sample of queries is ranked by the run's number format and by float32.
+
+    `num_other_documents` counts queries whose ten best are other documents, `num_other_order` those whose ten best
+    differ at all. Differences are of scores. With nothing measured, `note` says why.
+    """
+
+    num_queries: int = 0
+    num_pairs: int = 0
+    num_other_documents: int = 0
+    num_other_order: int = 0
+    max_difference: float = 0.0
+    mean_difference: float = 0.0
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunSummary:
     """Everything that report.html shows."""
 
@@ -109,5 +126,6 @@ class RunSummary:
     evaluation: tuple[MeasureComparison, ...] = ()
     evaluation_note: str = ""  # how many judged queries were compared and how many were left out, and why
     interpolation: str = ""  # the weight used and where it came from; empty without interpolation
+    agreement: Agreement | None = None  # None where the run computes in float32
     cost: float | None = None
     versions: Mapping[str, str] = field(default_factory=dict)

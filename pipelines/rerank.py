@@ -13,7 +13,7 @@ from typing import Any, Literal, TextIO
 import pyarrow.parquet as pq
 
 from crossenc.errors import ConfigError, CrossEncError, RunConflictError
-from pipelines import execute, finish, lease, ledger, weights
+from pipelines import agreement, execute, finish, lease, ledger, weights
 from pipelines import plan as plans
 from pipelines.commit import RESULTS_FOLDER, SCORED_FOLDER, CommitSettings
 from pipelines.config import RerankConfig
@@ -23,7 +23,7 @@ from pipelines.plan import RUN_FOLDER, Plan
 from pipelines.prepare import ReadSettings, pass_through_fields
 from pipelines.progress import Progress, visible
 from pipelines.rank import RankSettings
-from pipelines.records import ShardCounts, ShardRecord
+from pipelines.records import Agreement, ShardCounts, ShardRecord
 from pipelines.stages import Item, RunContext, bucket_id, raise_failure
 from pipelines.storage import (
     FileInfo,
@@ -229,6 +229,7 @@ class _Run:
                 weight, interpolation = weights.decide(config, plan, output)
                 buckets = {bucket_id(bucket): bucket for bucket in range(plan.num_buckets)}
                 records = self._phase(RESULTS_FOLDER, buckets, plan, journal, weight=weight)
+            agreed = self._agreement(plan)
         except _Stopped:
             message = self._lost or f"stopped; run the same command again to resume {output}"
             return Outcome("stopped", output, message)
@@ -244,10 +245,34 @@ class _Run:
             records=records,
             shard_records=shard_records,
             interpolation=interpolation,
+            agreement=agreed,
             elapsed_seconds=time.monotonic() - self._started,
         )
         counts = finish.finish(finished, self.say)
         return Outcome("done", output, f"done; see {output / finish.REPORT_FILE}", counts)
+
+    def _agreement(self, plan: Plan) -> Agreement | None:
+        """How the run's number format agrees with float32, where it is another one."""
+        job = self._job
+        exact = job.model.exact()
+        if exact is None or not plan.shards:
+            return None
+        known = agreement.load(job.output)
+        if known is not None:
+            return known
+        self.say("ranking a sample in float32, to compare with …")
+        cpus_per_actor, threads = execute.actor_cpus(job.config, self._connect())
+        shard = max(plan.shards, key=lambda shard: shard.num_candidates)
+        return agreement.measure_on_cluster(
+            job.output,
+            job.model,
+            exact,
+            shard,
+            plan.inputs[shard.file],
+            read_settings(job, plan),
+            (cpus_per_actor, job.config.scoring.gpus_per_actor, threads),
+            lambda: bool(self._lost) or self._should_stop(),
+        )
 
     def _phase(
         self,

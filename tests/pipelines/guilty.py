@@ -72,3 +72,6 @@ class GuiltyModel:
         if self.load_crime == "exit":
             os._exit(5)
         return GuiltyScorer(self.crimes)
+
+    def exact(self) -> None:
+        return None

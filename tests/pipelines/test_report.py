@@ -13,6 +13,7 @@ from pipelines.progress import visible
 from pipelines.records import (
     LENGTH_EDGES,
     SCORE_BINS,
+    Agreement,
     MeasureComparison,
     RefusedExample,
     RunSummary,
@@ -133,6 +134,18 @@ class Page(HTMLParser):
 
 def tiles(html):
     return dict(re.findall(r'class="label">([^<]*)</div><div class="value[^"]*">([^<]*)<', html))
+
+
+def test_the_agreement_with_float32_is_shown_where_it_was_measured():
+    assert "Agreement with float32" not in render(SUMMARY)
+    measured = Agreement(
+        num_queries=200, num_pairs=5000, num_other_documents=3, num_other_order=40, max_difference=0.02
+    )
+    page = render(replace(SUMMARY, agreement=measured))
+    assert "3 (1.5 %)" in page.replace("\N{NO-BREAK SPACE}", " ").replace("\N{NARROW NO-BREAK SPACE}", " ")
+    assert "Not measured: it was cut short." in render(
+        replace(SUMMARY, agreement=Agreement(note="not measured: it was cut short"))
+    )
 
 
 def test_the_headline_counts_are_the_summary_s(full_page):

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from crossenc.errors import ConfigError, InputError, RunConflictError
-from crossenc.testing import FakeScorer, FakeTokenizer
+from crossenc.testing import FakeScorer, FakeTokenizer, tiny_checkpoint
 from pipelines.config import RerankConfig
 from pipelines.rerank import Outcome, rerank
 from pipelines.testing import FakeModel
@@ -173,6 +173,19 @@ def test_qrels_put_before_and_after_with_a_paired_test_into_the_report(collectio
     assert ndcg["measure"] == "nDCG@10" and ndcg["before"] == 1.0 and ndcg["after"] < 1.0
     assert ndcg["num_queries"] == 20 and ndcg["p_t"] < 0.01
     assert "nDCG@10" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_run_in_another_number_format_says_how_it_agrees_with_float32(collection, tmp_path):
+    folder = tiny_checkpoint(tmp_path / "model")
+    settings = collection.write("pairs") | {"scoring": {"cpus_per_actor": 1, "dtype": "bfloat16"}}
+    config = RerankConfig(model=str(folder), output=str(tmp_path / "out"), **settings)
+    rerank(config, connect=lambda: 2, stream=io.StringIO())
+    found = read_manifest(tmp_path / "out")["agreement_with_float32"]
+    assert found["num_queries"] == 20 and found["num_pairs"] == len(collection.pairs)
+    assert 0 < found["mean_difference"] < found["max_difference"] < 0.1
+    assert "Agreement with float32" in (tmp_path / "out" / "report.html").read_text()
+    run(tmp_path / "exact", **collection.write("pairs"))
+    assert read_manifest(tmp_path / "exact")["agreement_with_float32"] is None
 
 
 def test_no_candidates_at_all_still_give_a_readable_empty_result(collection, tmp_path):
