@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -27,12 +27,16 @@ from crossenc.errors import CheckpointError, ConfigError, InputError
 from crossenc.fitting import FitMixin
 from crossenc.loading import num_labels_of, resolve_activation
 from crossenc.modules import Features, Transformer
+from crossenc.onnx.backend import OnnxSettings, load_network
 from crossenc.pairs import Pair, split_pairs
 from crossenc.pool import Pool, default_devices
 from crossenc.ranking import order
 from crossenc.saving import SaveMixin
 from crossenc.source import ModelSource, resolve_dtype, source_of_folder, source_of_modules
 from crossenc.tokenizer import PairTokenizer, wrap_tokenizer
+
+if TYPE_CHECKING:
+    from crossenc.onnx.session import OnnxNetwork
 
 Scores = NDArray[np.float32] | np.float32 | Tensor | list[Tensor]
 
@@ -95,7 +99,9 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, SaveMixin):
         are the checkpoint's own when None. `prompts` are texts by name to put before queries, `default_prompt_name`
         the one used unless a call names another. `max_batch_tokens` bounds a batch's padded tokens. `model_kwargs`,
         `processor_kwargs`, `config_kwargs` and `token` go to transformers and the hub, `storage_options` to a URI's
-        file system. A backbone without a head gets a new one, to be trained; it gives no scores before that.
+        file system. With `backend` "onnx" an ONNX file of the checkpoint scores: `model_kwargs` may name it
+        (`file_name`) and onnxruntime's `provider`; it is exported where there is none, or always with `export`. A
+        backbone without a head gets a new one, to be trained; it gives no scores before that.
         Raises InputError, CheckpointError or StorageError as `crossenc.checkpoint.fetch` does, ConfigError for a
         setting that does not fit the checkpoint or is not supported, TypeError for an unknown argument.
         """
@@ -104,6 +110,8 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, SaveMixin):
         if (model_name_or_path is None) == (modules is None):
             raise ConfigError("give CrossEncoder either a folder, a URI or a hub id, or its modules")
         model_settings, config_settings = dict(model_kwargs or {}), dict(config_kwargs or {})
+        onnx_settings = OnnxSettings.taken_from(model_settings) if backend == "onnx" else None
+        folder: Path | None = None
         processor_settings = dict(processor_kwargs or {})
         stated_dtype = model_settings.pop("dtype", None) or model_settings.pop("torch_dtype", None)
         stated_labels = config_settings.pop("num_labels", None)
@@ -120,6 +128,7 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, SaveMixin):
                 storage_options=storage_options,
                 token=token,
                 local_files_only=local_files_only,
+                also=onnx_settings and onnx_settings.path,
             )
             source = source_of_folder(
                 folder,
@@ -141,8 +150,12 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, SaveMixin):
         self.activation_fn = activation_fn or resolve_activation(source.layout, num_labels_of(source.parts))
         self.default_prompt_name = default_prompt_name or source.layout.default_prompt_name
         self.max_length = stated_length if max_length is None else max_length
-        self.to(default_device() if device is None else torch.device(device))
+        self.to(_home(backend) if device is None else torch.device(device))
         self.eval()
+        if onnx_settings is not None:
+            if self.dtype != torch.float32:
+                raise ConfigError(f"an ONNX file has a precision of its own: leave dtype {self.dtype} out")
+            source.network = load_network(self, folder, onnx_settings)
         self._engine()  # its limits are checked now
 
     # --- what the model is
@@ -159,7 +172,7 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, SaveMixin):
     def _engine(self) -> Engine:
         limit = self._max_batch_tokens
         return Engine(
-            network=self,
+            network=self._source.network or self,
             num_labels=self.num_labels,
             pad_token_id=self._tokenizer.pad_token_id,
             padding_side=self._tokenizer.padding_side,
@@ -167,6 +180,21 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, SaveMixin):
             device=self.device,
             max_batch_tokens=default_batch_tokens(self.device) if limit is None else limit,
         )
+
+    def get_backend(self) -> str:
+        """What scores: "torch" or "onnx"."""
+        return "torch" if self._source.network is None else "onnx"
+
+    @property
+    def onnx_network(self) -> "OnnxNetwork | None":
+        """The ONNX file that scores, None with the backend torch."""
+        return self._source.network
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch to training, or back. Raises ConfigError with the backend onnx, which has no gradients."""
+        if mode and self.get_backend() != "torch":
+            raise ConfigError("a model with backend='onnx' only scores: load it with backend='torch' to train it")
+        return super().train(mode)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -264,6 +292,8 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, SaveMixin):
 
     def forward(self, features: Features) -> Features:
         """`features` with more in it, logits [B, L] under "scores"; raw, before the activation."""
+        if self._source.network is not None:
+            return {**features, **self._source.network(features)}
         for part in self:
             features = part(features)
         return features
@@ -535,5 +565,10 @@ def _check_activation(activation_fn: Activation | None) -> None:
 def _check_supported(trust_remote_code: bool, backend: str) -> None:
     if trust_remote_code:
         raise ConfigError("trust_remote_code is not supported: code that comes with a checkpoint is never run")
-    if backend != "torch":
-        raise ConfigError(f"backend is {backend!r}: only torch is supported")
+    if backend not in ("torch", "onnx"):
+        raise ConfigError(f"backend is {backend!r}: choose torch or onnx")
+
+
+def _home(backend: str) -> torch.device:
+    """Where a model is put unless its user says otherwise."""
+    return default_device() if backend == "torch" else torch.device("cpu")

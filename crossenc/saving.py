@@ -25,6 +25,7 @@ from crossenc.card import ModelFacts, write_card
 from crossenc.deprecation import accepts_old_arguments
 from crossenc.loading import MODULES_FILE, OWN_SETTINGS_FILE, TRANSFORMER_FILE, quiet_transformers
 from crossenc.modules import Part, Transformer
+from crossenc.onnx.backend import FOLDER as ONNX_FOLDER
 
 if TYPE_CHECKING:
     from crossenc.model import CrossEncoder
@@ -98,13 +99,15 @@ def save_checkpoint(model: "CrossEncoder", folder: Path, create_model_card: bool
     try:
         _write_parts(model, unfinished)
         _write_settings(model, unfinished)
+        if model.onnx_network is not None:
+            model.onnx_network.save(unfinished / ONNX_FOLDER)
         if create_model_card:
             _write_readme(model, unfinished)
         if not folder.exists():
             os.replace(unfinished, folder)
             return
         (folder / MODULES_FILE).unlink(missing_ok=True)
-        for stale in folder.glob("*.safetensors*"):
+        for stale in [*folder.glob("*.safetensors*"), *(folder / ONNX_FOLDER).glob("*.onnx*")]:
             stale.unlink()
         files = [path for path in unfinished.rglob("*") if path.is_file()]
         for path in sorted(files, key=lambda path: path.name == MODULES_FILE):  # it makes the folder a checkpoint

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,6 +14,9 @@ from crossenc.loading import Layout, load_parts, read_layout
 from crossenc.modules import Transformer
 from crossenc.tokenizer import load_fast_tokenizer
 
+if TYPE_CHECKING:
+    from crossenc.onnx.session import OnnxNetwork
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -22,7 +25,7 @@ class ModelSource:
     """What a model was put together from.
 
     `name` is the hub id, or of a folder or URI its last part: enough to know it by, and nothing of the machine.
-    `readme` is the card of a local folder.
+    `readme` is the card of a local folder. `network` scores in the place of `parts`, where there is one.
     """
 
     name: str | None
@@ -31,6 +34,7 @@ class ModelSource:
     tokenizer: PreTrainedTokenizerFast
     head_is_new: bool
     readme: str | None = None
+    network: "OnnxNetwork | None" = None
 
 
 def source_of_folder(
