@@ -128,7 +128,7 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, SaveMixin):
                 storage_options=storage_options,
                 token=token,
                 local_files_only=local_files_only,
-                also=onnx_settings and onnx_settings.path,
+                also=None if onnx_settings is None else onnx_settings.path,
             )
             source = source_of_folder(
                 folder,

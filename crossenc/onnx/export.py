@@ -12,6 +12,7 @@ Shape letters: B pairs, W tokens, L labels.
 import copy
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -44,6 +45,15 @@ _CALIBRATION_BATCH_TOKENS = 2048
 MAX_INT8_ERROR = 0.03
 
 
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """An ONNX file; `left_out` names those of its `num_int8_layers` layers for int8 that stayed float32."""
+
+    path: Path
+    num_int8_layers: int = 0
+    left_out: tuple[str, ...] = ()
+
+
 def file_name(precision: Precision, target: Target | None = None) -> str:
     """The name of the file in the folder `onnx`."""
     return FLOAT32_FILE if precision == "float32" else f"model_qint8_{target or target_of_this_machine()}.onnx"
@@ -57,8 +67,8 @@ def export_onnx(
     calibration: Sequence[Pair] | TokenizedPairs = (),
     target: Target | None = None,
     max_int8_error: float = MAX_INT8_ERROR,
-) -> Path:
-    """Write `model` as ONNX into the folder `onnx` of `folder`, and return the path of the file.
+) -> Exported:
+    """Write `model` as ONNX into the folder `onnx` of `folder`.
 
     The float32 graph is compared with torch on batches of one pair and more, of one token and up to the longest that
     the model takes, or 1,024. For int8, `calibration` holds pairs such as will be scored, 64 or more; `target` are the
@@ -86,7 +96,8 @@ def export_onnx(
             quantized = quantize(graph, _batches(model, calibration), chosen, max_int8_error)
             graph = graph.with_name(file_name("int8", chosen))
             onnx.save(quantized.model, str(graph))
-        return copy_files(graph, place)
+            return Exported(copy_files(graph, place), quantized.num_layers, quantized.left_out)
+        return Exported(copy_files(graph, place))
 
 
 class _Logits(nn.Module):
