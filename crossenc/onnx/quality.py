@@ -26,7 +26,8 @@ class Quality:
 
     `ndcg` and `reference_ndcg` are nDCG@10 over the judged queries, None without any; the differences are those of
     raw scores, before the activation. `top10_changed` is the share of queries whose first ten differ in documents or
-    order, `top10_swapped` that of documents of the reference's first ten that are not among the others'. `kendall_tau` is the mean over the queries with two candidates or more.
+    order, `top10_swapped` that of documents of the reference's first ten that are not among the others'. `kendall_tau`
+    is the mean over the queries with two candidates or more.
     """
 
     num_queries: int
