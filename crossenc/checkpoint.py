@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec
@@ -48,6 +48,7 @@ def fetch(
     token: str | bool | None = None,
     local_files_only: bool = False,
     adapter_allowed: bool = False,
+    also: str | None = None,
 ) -> Path:
     """Return a local, checked checkpoint folder for `source`, copying it to this machine at most once.
 
@@ -55,8 +56,10 @@ def fetch(
     default $CROSSENC_CACHE or ~/.cache/crossenc, again only when a file there changed), or a Hugging Face hub
     id with an optional `@revision` (kept in the hub's own cache unless `cache_dir` is given).
     `storage_options` go to the fsspec filesystem of a URI, `token` to the hub, which `local_files_only` keeps from
-    being asked. Several processes may fetch the same source at once, and any of them may be killed. With
-    `adapter_allowed` it may be an adapter's folder, whose base model `fetch_base` gives.
+    being asked. `also` is the path in the checkpoint of one more file, brought along if it is there, with those whose
+    names begin with its own.
+    Several processes may fetch the same source at once, and any of them may be killed. With `adapter_allowed` it may
+    be an adapter's folder, whose base model `fetch_base` gives.
     Raises InputError when `source` is none of these or does not exist, StorageError when it cannot be read,
     CheckpointError when what is there is not a complete checkpoint.
     """
@@ -65,9 +68,9 @@ def fetch(
         folder = Path(text).absolute()
     elif "://" in text:
         root = Path(cache_dir or os.environ.get("CROSSENC_CACHE") or Path.home() / ".cache" / "crossenc")
-        folder = _fetch_uri(text, root, storage_options or {})
+        folder = _fetch_uri(text, root, storage_options or {}, also)
     else:
-        folder = _fetch_from_hub(text, revision, cache_dir, token, local_files_only)
+        folder = _fetch_from_hub(text, revision, cache_dir, token, local_files_only, also)
     if adapter_allowed and (folder / ADAPTER_FILE).exists():
         _check_adapter(folder)
     else:
@@ -106,20 +109,30 @@ def check_folder(folder: str | Path) -> None:
     _check_weights(folder)
 
 
-def file_digests(folder: str | Path) -> dict[str, str]:
-    """SHA-256 in hex of every file that a checkpoint is made of: path in the folder -> digest, in order."""
+def file_digests(folder: str | Path, also: str | None = None) -> dict[str, str]:
+    """SHA-256 in hex of every file that a checkpoint is made of: path in the folder -> digest, in order.
+
+    `also` is the path in the folder of one more file, which counts with those whose names begin with its own.
+    """
     root = Path(folder)
     parts = [path for path in root.iterdir() if path.is_dir() and _PART_FOLDER.fullmatch(path.name)]
+    files = [path for place in (root, *parts) for path in place.iterdir() if path.suffix in _SUFFIXES]
+    if also is not None:
+        files += root.glob(f"{also}*")
     digests = {}
-    for path in sorted(path for place in (root, *parts) for path in place.iterdir()):
-        if path.is_file() and path.suffix in _SUFFIXES:
-            with path.open("rb") as file:
-                digests[path.relative_to(root).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    for path in sorted(path for path in files if path.is_file()):
+        with path.open("rb") as file:
+            digests[path.relative_to(root).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
     return digests
 
 
 def _fetch_from_hub(
-    text: str, revision: str | None, cache_dir: str | Path | None, token: str | bool | None, local_files_only: bool
+    text: str,
+    revision: str | None,
+    cache_dir: str | Path | None,
+    token: str | bool | None,
+    local_files_only: bool,
+    also: str | None,
 ) -> Path:
     match = _HUB_ID.fullmatch(text)
     if match is None:
@@ -129,19 +142,24 @@ def _fetch_from_hub(
     suffix = match["revision"]
     if revision is not None and suffix is not None and revision != suffix:
         raise InputError(f"{text} and revision={revision!r} name different revisions: give one")
-    try:
-        return Path(
-            snapshot_download(
-                match["repo"],
-                revision=revision or suffix,
-                cache_dir=cache_dir,
-                token=token,
-                local_files_only=local_files_only,
-                # fnmatch's * matches a slash too; other folders hold checkpoints of the training run, other formats
-                allow_patterns=[f"*{suffix}" for suffix in _SUFFIXES],
-                ignore_patterns=["[!0-9]*/*", "*/*/*"],
-            )
+
+    def download(allowed: list[str], ignored: list[str] | None) -> str:
+        return snapshot_download(
+            match["repo"],
+            revision=revision or suffix,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+            allow_patterns=allowed,
+            ignore_patterns=ignored,
         )
+
+    try:
+        # fnmatch's * matches a slash too; other folders hold checkpoints of the training run, other formats
+        folder = download([f"*{suffix}" for suffix in _SUFFIXES], ["[!0-9]*/*", "*/*/*"])
+        if also is not None:
+            download([f"{also}*"], None)  # into the same folder; weights beside an ONNX file begin with its name
+        return Path(folder)
     except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise InputError(f"{text} is no folder here and not on the hub (or not readable): {_THREE_FORMS}") from error
     except OSError as error:
@@ -150,7 +168,7 @@ def _fetch_from_hub(
         ) from error
 
 
-def _fetch_uri(uri: str, root: Path, storage_options: Mapping[str, object]) -> Path:
+def _fetch_uri(uri: str, root: Path, storage_options: Mapping[str, object], also: str | None) -> Path:
     scheme, _, rest = uri.partition("://")
     if "::" in uri or "?" in rest or set("@:") & set(rest.partition("/")[0]):
         raise InputError(
@@ -163,7 +181,7 @@ def _fetch_uri(uri: str, root: Path, storage_options: Mapping[str, object]) -> P
         filesystem, remote_folder = fsspec.url_to_fs(uri, **storage_options)
     except ImportError as error:
         raise ConfigError(f"{scheme}:// needs another package: {error}") from error
-    files = _list_checkpoint_files(filesystem, remote_folder, uri)
+    files = _list_checkpoint_files(filesystem, remote_folder, uri, also)
     state = json.dumps([scheme, remote_folder, files])
     key = hashlib.sha256(state.encode()).hexdigest()[:32]
     folder, partial = root / key, root / f"{key}.partial"
@@ -179,7 +197,7 @@ def _fetch_uri(uri: str, root: Path, storage_options: Mapping[str, object]) -> P
         for name, (num_bytes, _) in files.items():
             (partial / name).parent.mkdir(exist_ok=True)
             _copy_file(filesystem, f"{remote_folder.rstrip('/')}/{name}", partial / name, num_bytes)
-        if _list_checkpoint_files(filesystem, remote_folder, uri) != files:
+        if _list_checkpoint_files(filesystem, remote_folder, uri, also) != files:
             raise StorageError(f"{uri} changed while it was copied: run again when its upload is complete")
         _fsync(partial)
         partial.rename(folder)
@@ -187,14 +205,15 @@ def _fetch_uri(uri: str, root: Path, storage_options: Mapping[str, object]) -> P
     return folder
 
 
-def _list_checkpoint_files(filesystem: Any, folder: str, uri: str) -> dict[str, tuple[int, str]]:
+def _list_checkpoint_files(filesystem: Any, folder: str, uri: str, also: str | None) -> dict[str, tuple[int, str]]:
     """Files of a checkpoint in a remote folder and its parts: path in it -> (bytes, whatever tells its version)."""
+    further = PurePosixPath(also or "")
     try:
         entries = [("", entry) for entry in _list_anew(filesystem, folder)]
         for _, entry in list(entries):
             part = entry["name"].rstrip("/")
             name = part.rpartition("/")[2]
-            if entry["type"] == "directory" and _PART_FOLDER.fullmatch(name):
+            if entry["type"] == "directory" and (_PART_FOLDER.fullmatch(name) or name == str(further.parent)):
                 entries += [(f"{name}/", inner) for inner in _list_anew(filesystem, part)]
     except FileNotFoundError as error:
         raise InputError(f"there is no folder {uri}: check the spelling and the credentials") from error
@@ -203,7 +222,8 @@ def _list_checkpoint_files(filesystem: Any, folder: str, uri: str) -> dict[str, 
     files = {}
     for prefix, entry in entries:
         name = entry["name"].rpartition("/")[2]
-        if entry["type"] == "file" and name.endswith(_SUFFIXES):
+        is_further = also is not None and (prefix + name).startswith(also)
+        if entry["type"] == "file" and (is_further or (name.endswith(_SUFFIXES) and prefix != f"{further.parent}/")):
             version = next((entry[key] for key in _VERSION_KEYS if entry.get(key) is not None), "")
             files[prefix + name] = (int(entry["size"]), str(version))
     if not files:

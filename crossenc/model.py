@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from crossenc.loading import default_activation, num_labels_of, resolve_activati
 from crossenc.merging import merge_models
 from crossenc.modules import Features, Transformer
 from crossenc.old_names import OldNamesMixin
+from crossenc.onnx.backend import OnnxSettings, load_network
 from crossenc.pairs import Pair, is_one_pair, split_pairs
 from crossenc.pool import Pool, default_devices
 from crossenc.precision import resolve_dtype
@@ -45,6 +46,9 @@ logger = logging.getLogger(__name__)
 
 #: Pairs that are tokenised while those before them are scored, and that are sorted by length among each other.
 _PAIRS_AHEAD = 8192
+
+if TYPE_CHECKING:
+    from crossenc.onnx.session import OnnxNetwork
 
 Scores = NDArray[np.float32] | np.float32 | Tensor | list[Tensor]
 
@@ -111,7 +115,9 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
         `keep_in_fp32_modules` are paths of linear layers that compute in float32 whatever `dtype` is, the checkpoint's
         own when None. `max_batch_tokens` bounds a batch's tokens, padding included. `model_kwargs`,
         `processor_kwargs`, `config_kwargs` and `token` go to transformers and the hub, `storage_options` to a URI's
-        file system. A backbone without a head gets a new one, to be trained; it gives no scores before that.
+        file system. With `backend` "onnx" an ONNX file of the checkpoint scores: `model_kwargs` may name it
+        (`file_name`) and onnxruntime's `provider`; it is exported where there is none, or always with `export`. A
+        backbone without a head gets a new one, to be trained; it gives no scores before that.
         Raises InputError, CheckpointError or StorageError as `crossenc.checkpoint.fetch` does, ConfigError for a
         setting that does not fit the checkpoint or is not supported, TypeError for an unknown argument.
         """
@@ -120,16 +126,24 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
         if (model_name_or_path is None) == (modules is None):
             raise ConfigError("give CrossEncoder either a folder, a URI or a hub id, or its modules")
         stated_dtype, model_settings = split_dtype(model_kwargs or {})
+        onnx_settings = OnnxSettings.taken_from(model_settings) if backend == "onnx" else None
         config_settings, processor_settings = dict(config_kwargs or {}), dict(processor_kwargs or {})
+        folder: Path | None = None
         stated_labels = config_settings.pop("num_labels", None)
         stated_length = processor_settings.pop("model_max_length", None)
-        chosen_device = default_device() if device is None else torch.device(device)
+        chosen_device = _home(backend) if device is None else torch.device(device)
         if modules is not None:
             source = source_of_modules(modules)
         else:
             places: dict[str, Any] = {"cache_dir": cache_folder, "storage_options": storage_options}
             places |= {"token": token, "local_files_only": local_files_only}
-            folder = fetch(model_name_or_path, revision=revision, adapter_allowed=True, **places)  # type: ignore[arg-type]  # one of the two is given
+            folder = fetch(
+                model_name_or_path,  # type: ignore[arg-type]  # one of the two is given
+                revision=revision,
+                adapter_allowed=True,
+                also=None if onnx_settings is None else onnx_settings.path,
+                **places,
+            )
             source = source_of_folder(
                 folder,
                 str(model_name_or_path),
@@ -157,6 +171,10 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
         )
         self.to(chosen_device)
         self.eval()
+        if onnx_settings is not None:
+            if self.dtype != torch.float32:
+                raise ConfigError(f"an ONNX file has a precision of its own: leave dtype {self.dtype} out")
+            self._source = replace(source, network=load_network(self, folder, onnx_settings))
         self._engine()  # its limits are checked now
 
     # --- what the model is
@@ -173,7 +191,7 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
     def _engine(self) -> Engine:
         limit = self._max_batch_tokens
         return Engine(
-            network=self,
+            network=self._source.network or self,
             num_labels=self.num_labels,
             pad_token_id=self._tokenizer.pad_token_id,
             padding_side=self._tokenizer.padding_side,
@@ -181,6 +199,21 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
             device=self.device,
             max_batch_tokens=default_batch_tokens(self.device) if limit is None else limit,
         )
+
+    def get_backend(self) -> str:
+        """What scores: "torch" or "onnx"."""
+        return "torch" if self._source.network is None else "onnx"
+
+    @property
+    def onnx_network(self) -> "OnnxNetwork | None":
+        """The ONNX file that scores, None with the backend torch."""
+        return self._source.network
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch to training, or back. Raises ConfigError with the backend onnx, which has no gradients."""
+        if mode and self.get_backend() != "torch":
+            raise ConfigError("a model with backend='onnx' only scores: load it with backend='torch' to train it")
+        return super().train(mode)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -325,6 +358,8 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
 
     def forward(self, features: Features) -> Features:
         """`features` with more in it, logits [B, L] under "scores"; raw, before the activation."""
+        if self._source.network is not None:
+            return {**features, **self._source.network(features)}
         for part in self:
             features = part(features)
         return features
@@ -667,5 +702,10 @@ def _check_activation(activation_fn: Activation | None) -> None:
 def _check_supported(trust_remote_code: bool, backend: str) -> None:
     if trust_remote_code:
         raise ConfigError("trust_remote_code is not supported: code that comes with a checkpoint is never run")
-    if backend != "torch":
-        raise ConfigError(f"backend is {backend!r}: only torch is supported")
+    if backend not in ("torch", "onnx"):
+        raise ConfigError(f"backend is {backend!r}: choose torch or onnx")
+
+
+def _home(backend: str) -> torch.device:
+    """Where a model is put unless its user says otherwise."""
+    return default_device() if backend == "torch" else torch.device("cpu")

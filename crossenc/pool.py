@@ -7,7 +7,7 @@ import itertools
 import multiprocessing
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -49,13 +49,16 @@ class Pool:
         model.save_pretrained(self._folder.name)
         num_on_cpu = sum(device.startswith("cpu") for device in devices)
         num_threads = max(1, torch.get_num_threads() // max(1, num_on_cpu))
-        dtype = str(model.dtype).removeprefix("torch.")
+        settings: dict[str, Any] = {"dtype": str(model.dtype).removeprefix("torch."), "backend": model.get_backend()}
+        if model.onnx_network is not None:
+            network = model.onnx_network
+            settings["model_kwargs"] = {"file_name": network.path.name, "provider": network.provider}
         self._processes = [
             ProcessPoolExecutor(
                 1,
                 mp_context=multiprocessing.get_context("spawn"),
                 initializer=_load,
-                initargs=(self._folder.name, device, dtype, num_threads),
+                initargs=(self._folder.name, device, settings, num_threads),
             )
             for device in devices
         ]
@@ -106,12 +109,12 @@ class Pool:
         self._folder.cleanup()
 
 
-def _load(folder: str, device: str, dtype: str, num_threads: int) -> None:
+def _load(folder: str, device: str, settings: Mapping[str, Any], num_threads: int) -> None:
     global _model
     from crossenc.model import CrossEncoder
 
     torch.set_num_threads(num_threads)
-    _model = CrossEncoder(folder, device=device, dtype=dtype)
+    _model = CrossEncoder(folder, device=device, **settings)
 
 
 def _run(task: Task, chunk: Sequence[Any]) -> NDArray[np.float32]:

@@ -30,6 +30,7 @@ from crossenc.deprecation import accepts_old_arguments
 from crossenc.errors import ConfigError
 from crossenc.loading import MODULES_FILE, OWN_SETTINGS_FILE, TRANSFORMER_FILE, quiet_transformers
 from crossenc.modules import Part, Transformer
+from crossenc.onnx.backend import FOLDER as ONNX_FOLDER
 
 if TYPE_CHECKING:
     from crossenc.model import CrossEncoder
@@ -171,6 +172,8 @@ def save_checkpoint(model: "CrossEncoder", folder: Path, create_model_card: bool
     try:
         _write_parts(model, unfinished)
         _write_settings(model, unfinished)
+        if model.onnx_network is not None:
+            model.onnx_network.save(unfinished / ONNX_FOLDER)
         if create_model_card:
             write_readme(model, unfinished)
         if not folder.exists():
@@ -178,7 +181,7 @@ def save_checkpoint(model: "CrossEncoder", folder: Path, create_model_card: bool
             return
         for name in (MODULES_FILE, "config.json", ADAPTER_FILE):  # a whole model has no adapter, an adapter no config
             (folder / name).unlink(missing_ok=True)
-        for stale in folder.glob("*.safetensors*"):
+        for stale in [*folder.glob("*.safetensors*"), *(folder / ONNX_FOLDER).glob("*.onnx*")]:
             stale.unlink()
         files = [path for path in unfinished.rglob("*") if path.is_file()]
         for path in sorted(files, key=lambda path: path.name == MODULES_FILE):  # it makes the folder a checkpoint

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,6 +15,9 @@ from crossenc.loading import Layout, load_config, load_parts, read_layout
 from crossenc.modules import Transformer
 from crossenc.tokenizer import load_fast_tokenizer
 
+if TYPE_CHECKING:
+    from crossenc.onnx.session import OnnxNetwork
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
@@ -24,6 +27,7 @@ class ModelSource:
     `readme` is the card of a local folder.
     `location` is where the transformers model came from, a folder, URI or hub id, and its revision: what an adapter
     names as its base. It is None once the weights are others.
+    `network` scores in the place of `parts`, where there is one.
     """
 
     name: str | None
@@ -32,6 +36,7 @@ class ModelSource:
     tokenizer: PreTrainedTokenizerFast
     readme: str | None = None
     location: tuple[str, str | None] | None = None
+    network: "OnnxNetwork | None" = None
 
 
 def source_of_folder(  # noqa: PLR0913

@@ -29,6 +29,25 @@ class ScoringConfig(_Settings):
     ] = "float32"
     max_batch_tokens: Annotated[int | None, Field(ge=1, description="tokens in one batch")] = None
     max_length: Annotated[int | None, Field(ge=1, description="tokens a pair may have; more are cut")] = None
+    backend: Annotated[Literal["torch", "onnx"], Field(description="what runs the model")] = "torch"
+    onnx_file: Annotated[
+        str | None, Field(description="file in the checkpoint's folder onnx; model.onnx by default")
+    ] = None
+
+    @model_validator(mode="after")
+    def _one_backend(self) -> "ScoringConfig":
+        if self.backend == "onnx" and (self.dtype != "float32" or self.gpus_per_actor > 0):
+            raise ValueError(
+                "backend onnx runs on CPUs, in the precision of its file: leave dtype and gpus_per_actor out"
+            )
+        if self.backend != "onnx" and self.onnx_file is not None:
+            raise ValueError("onnx_file goes with backend: onnx")
+        return self
+
+    def result_options(self) -> dict[str, Any]:
+        """The settings that change scores. Those of ONNX are among them where it is used."""
+        names = {"dtype", "max_batch_tokens", "max_length"}
+        return self.model_dump(include=names | ({"backend", "onnx_file"} if self.backend == "onnx" else set()))
 
 
 class InterpolateConfig(_Settings):
@@ -92,7 +111,6 @@ class RerankConfig(_Settings):
 
     def result_options(self) -> dict[str, Any]:
         """The settings that change results: two runs with equal ones and equal inputs give equal files."""
-        scoring = self.scoring.model_dump(include={"dtype", "max_batch_tokens", "max_length"})
         own = {"layout", "columns", "pass_through", "top_k", "interpolate", "max_text_bytes"}
         own |= {"skip_bad_files", "trec_run"}
-        return self.model_dump(mode="json", include=own) | scoring
+        return self.model_dump(mode="json", include=own) | self.scoring.result_options()

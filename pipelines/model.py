@@ -64,6 +64,8 @@ class CheckpointModel:
     max_length: int | None = None
     max_batch_tokens: int | None = None
     device: str | None = None
+    backend: str = "torch"
+    onnx_file: str | None = None
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
     expected: Mapping[str, str] = field(default_factory=dict, repr=False)
 
@@ -74,7 +76,10 @@ class CheckpointModel:
     def digests(self) -> Mapping[str, str]:
         from crossenc.checkpoint import file_digests
 
-        return file_digests(self._folder())
+        folder, onnx_path = self._folder(), self._onnx_path()
+        if onnx_path is not None and not (folder / onnx_path).is_file():
+            raise CheckpointError(f"{self.source} has no {onnx_path}: make it with `crossenc export`")
+        return file_digests(folder, onnx_path)
 
     def pinned(self) -> "CheckpointModel":
         """The same model, which from now on refuses to load from files with other digests."""
@@ -106,30 +111,45 @@ class CheckpointModel:
         folder = self._folder()
         self._check_files(folder)
         tokenizer = load_tokenizer(folder, self.max_length)
-        engine = Engine.from_checkpoint(
-            folder,
-            tokenizer,
-            dtype=self.dtype,
-            device=self.device,
-            max_batch_tokens=self.max_batch_tokens,
-        )
+        if self.backend == "onnx":
+            from crossenc.onnx.backend import OnnxSettings, load_engine
+
+            settings = OnnxSettings(file_name=self._onnx_path() or "")
+            engine = load_engine(folder, tokenizer, settings, self.max_batch_tokens)
+        else:
+            engine = Engine.from_checkpoint(
+                folder,
+                tokenizer,
+                dtype=self.dtype,
+                device=self.device,
+                max_batch_tokens=self.max_batch_tokens,
+            )
         check_canary(engine, tokenizer, self.source)
         return engine
 
     def exact(self) -> "CheckpointModel | None":
-        return None if self.dtype == "float32" else replace(self, dtype="float32")
+        if self.dtype == "float32" and self.backend == "torch":
+            return None
+        onnx_path = self._onnx_path() or "\0"
+        expected = {name: digest for name, digest in self.expected.items() if not name.startswith(onnx_path)}
+        return replace(self, dtype="float32", backend="torch", onnx_file=None, expected=expected)
 
     def _folder(self) -> Path:
         from crossenc.checkpoint import fetch
 
-        return fetch(self.source, storage_options=self.storage_options)
+        return fetch(self.source, storage_options=self.storage_options, also=self._onnx_path())
+
+    def _onnx_path(self) -> str | None:
+        from crossenc.onnx.backend import FLOAT32_FILE, OnnxSettings
+
+        return OnnxSettings(file_name=self.onnx_file or FLOAT32_FILE).path if self.backend == "onnx" else None
 
     def _check_files(self, folder: Path) -> None:
         from crossenc.checkpoint import file_digests
 
         if not self.expected:
             return
-        found = file_digests(folder)
+        found = file_digests(folder, self._onnx_path())
         changed = [name for name in sorted({*found, *self.expected}) if found.get(name) != self.expected.get(name)]
         if changed:
             raise CheckpointError(
@@ -147,6 +167,8 @@ def from_config(config: RerankConfig) -> CheckpointModel:
         max_length=scoring.max_length,
         max_batch_tokens=scoring.max_batch_tokens,
         device="cuda" if scoring.gpus_per_actor > 0 else "cpu",
+        backend=scoring.backend,
+        onnx_file=scoring.onnx_file,
         storage_options=config.storage_options if "://" in config.model else {},
     )
 
