@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 import yaml
 from rich.console import Console
-from rich.table import Table
 
 from crossenc.mining import LEFT_OUT, RULES
 from jobs import config as job_config
@@ -68,22 +67,19 @@ def _show_counts(out: Console, counts: MineCounts) -> None:
         out.print(f"{counts.num_short:,} of them have fewer negatives than asked for")
     if counts.num_others:
         out.print(f"{counts.num_others:,} negatives were drawn from other queries")
-    rules = {rule: counts.excluded[rule] for rule in RULES if rule in counts.excluded}
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(justify="right")
-    _add_rows(table, f"of {counts.num_candidates:,} candidates", {"chosen": counts.num_negatives}, {"chosen": ""})
-    _add_rows(table, "", rules, RULES)
-    _add_rows(table, "refused, see quarantine/", counts.refused, REASONS)
-    _add_rows(table, "queries left out", counts.left_out, LEFT_OUT)
-    _add_rows(table, "positives left out", counts.dropped_positives, _DROPPED)
-    out.print(table)
+    _show(out, f"of {counts.num_candidates:,} candidates", {"chosen": counts.num_negatives}, {"chosen": "a negative"})
+    _show(out, "", {rule: counts.excluded[rule] for rule in RULES if rule in counts.excluded}, RULES)
+    _show(out, "refused candidates, see quarantine/", counts.refused, REASONS)
+    _show(out, "queries left out, see completeness/", counts.left_out, LEFT_OUT)
+    _show(out, "positives left out", counts.dropped_positives, _DROPPED)
 
 
-def _add_rows(table: Table, heading: str, numbers: Mapping[str, int], meaning: Mapping[str, str]) -> None:
+def _show(out: Console, heading: str, numbers: Mapping[str, int], meaning: Mapping[str, str]) -> None:
+    """A block of the table: how many, which rule or reason, and what that means."""
     if heading and numbers:
-        table.add_row("", f"[bold]{heading}[/bold]", "")
+        out.print(heading)
     for name, number in numbers.items():
-        table.add_row(f"{number:,}", name, meaning[name])
+        out.print(f"{number:>14,}  {name:<24}{meaning[name]}")
 
 
 def command(

@@ -60,6 +60,8 @@ from pipelines.texts import TextTable, default_cache, find_table
 
 RECORD_FOLDER = f"{RUN_FOLDER}/records"
 _FOLDERS = (DATA_FOLDER, "completeness", "quarantine", RUN_FOLDER)
+#: Candidates in a shard, unless the job says otherwise: a few seconds of work, and training files worth the name.
+_SHARD_CANDIDATES = 32_768
 #: Candidates in a bucket where queries are spread over shards: their texts are in memory at once.
 _BUCKET_CANDIDATES = 65_536
 _MAX_BUCKETS = 4096
@@ -138,7 +140,7 @@ def make_plan(job: MineJob) -> Plan:
     """The plan of the job, not stored: the rerank run's own shards, or new ones."""
     if job.source is None:
         inputs = scan(job.config, job.files)
-        size = job.config.shard_candidates
+        size = job.config.shard_candidates or _SHARD_CANDIDATES
         plan = plans.make(inputs, job.parts, shard_candidates=size, force_two_phase=False)
     else:
         columns = replace(job.source.columns, pass_through=())

@@ -76,7 +76,8 @@ class MineConfig(BaseModel):
             raise ValueError("positive_percentile: 0.95 and relative_margin: 0.05 are one rule; give one of them")
         if self.format == "tuples" and self.min_negatives not in (None, self.num_negatives):
             raise ValueError("tuples need all num_negatives; leave min_negatives out")
-        if self.random_from == "others" and not self.rules().num_random:
+        rules = self.rules()
+        if self.random_from == "others" and not rules.num_random:
             raise ValueError("random_from: others needs a random_share that makes up at least one negative")
         if self.random_from == "others" and self.scores:
             raise ValueError("documents of other queries have no scores; set scores: false or random_from: candidates")
