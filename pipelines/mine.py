@@ -2,13 +2,14 @@
 
 A unit's files are named by the unit, their bytes depend on the unit alone, and each is made by one create-only PUT;
 the unit's record is stored after them and makes it done. Any process may die at any moment: running the same command
-again does the units without a record. Units are mined one after the other in this process.
+again does the units without a record.
 """
 
+import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -19,7 +20,7 @@ from pydantic import ValidationError
 from crossenc.errors import CrossEncError, InputError, RunConflictError
 from crossenc.mining import MineSettings
 from crossenc.records import Qrels
-from pipelines import lease, ledger
+from pipelines import lease, ledger, mine_workers
 from pipelines import plan as plans
 from pipelines.commit import RESULTS_FOLDER
 from pipelines.evaluate import read_qrels
@@ -200,9 +201,13 @@ def mine(
         records = _records(job.output, plan)
         with display:
             display.expect(len(units), plan.num_candidates, [record.counts for record in records.values()])
-            for record in _mined(_context(job, plan), records, lambda: bool(lost) or should_stop(), display.say):
-                records[record.unit_id] = record
-                display.update(record.counts)
+            mined = _mined(
+                _context(job, plan), records, config.workers, lambda: bool(lost) or should_stop(), display.say
+            )
+            with contextlib.closing(mined):
+                for record in mined:
+                    records[record.unit_id] = record
+                    display.update(record.counts)
         if len(records) < len(units):
             message = lost[0] if lost else f"stopped; run the same command again to resume {job.output}"
             return Outcome("stopped", job.output, message)
@@ -244,27 +249,33 @@ def _units(plan: Plan) -> dict[str, Shard | int]:
 
 
 def _mined(
-    context: MineContext, done: Mapping[str, UnitRecord], should_stop: Callable[[], bool], say: Callable[[str], None]
-) -> Iterator[UnitRecord]:
+    context: MineContext,
+    done: Mapping[str, UnitRecord],
+    num_workers: int,
+    should_stop: Callable[[], bool],
+    say: Callable[[str], None],
+) -> Generator[UnitRecord]:
     """Mines the units that are not done, until told to stop."""
     plan = context.plan
-    todo = {unit_id: unit for unit_id, unit in _units(plan).items() if unit_id not in done}
+    todo = [(unit_id, unit) for unit_id, unit in _units(plan).items() if unit_id not in done]
     if todo and plan.is_two_phase:
         say("queries are spread over the input: gathering their candidates first …")
-        for shard in plan.shards:
-            if should_stop():
-                return
-            gather(shard, context)
-    for unit_id, unit in todo.items():
-        if should_stop():
+        num_gathered = sum(1 for _ in mine_workers.run(gather, plan.shards, context, num_workers, should_stop))
+        if num_gathered < len(plan.shards):
             return
-        if isinstance(unit, Shard):
-            record = mine_shard(unit, context)
-        else:
-            results_id = bucket_id(unit % len(context.results)) if context.results else unit_id
-            record = mine_bucket(unit_id, unit, results_id, context)
-        place = context.output / f"{RECORD_FOLDER}/{unit_id}.json"
-        yield _parse(put_new(place, RECORD.dump_json(record)), place, plan)
+    yield from mine_workers.run(_mine_unit, todo, context, num_workers, should_stop)
+
+
+def _mine_unit(item: tuple[str, Shard | int], context: MineContext) -> UnitRecord:
+    """Mines one unit and makes it done."""
+    unit_id, unit = item
+    if isinstance(unit, Shard):
+        record = mine_shard(unit, context)
+    else:
+        results_id = bucket_id(unit % len(context.results)) if context.results else unit_id
+        record = mine_bucket(unit_id, unit, results_id, context)
+    place = context.output / f"{RECORD_FOLDER}/{unit_id}.json"
+    return _parse(put_new(place, RECORD.dump_json(record)), place, context.plan)
 
 
 def _records(output: Location, plan: Plan) -> dict[str, UnitRecord]:

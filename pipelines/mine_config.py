@@ -57,6 +57,7 @@ class MineConfig(BaseModel):
         Literal["candidates", "others"], Field(description="draw it from the query's candidates, or other queries'")
     ] = "candidates"
     seed: Annotated[int, Field(description="of all drawing")] = 0
+    workers: Annotated[int, Field(ge=1, le=1024, description="processes that mine, on this machine")] = 1
     shard_candidates: Annotated[int | None, Field(ge=1, description="candidates in a shard; by size if absent")] = None
     max_text_bytes: Annotated[int, Field(ge=1, description="a longer query or document is refused")] = 4 * 2**20
     skip_bad_files: Annotated[bool, Field(description="go on without files that planning cannot read")] = False

@@ -183,22 +183,28 @@ def _gathered(shard: Shard, context: MineContext) -> Location:
 
 
 def _read(shard: Shard, context: MineContext) -> pa.Table:
-    """A shard's candidates: the thin rows and _TEXT_FIELDS. Texts that lie in a table are left there."""
+    """A shard's candidates: the thin rows and _TEXT_FIELDS.
+
+    Texts that lie in a table are left there, and those of queries without judgements, of which nothing will be used,
+    are left out.
+    """
     has_own_texts = context.plan.columns.text is not None
     keys: dict[str, bytes] = {}  # a document comes up for many queries
 
     def to_table(checked: CheckedRows) -> pa.Table:
         columns = thin_columns(checked, shard.file)
-        for text in checked.documents:
+        is_used = [context.from_others or query_id in context.qrels for query_id in checked.query_ids]
+        documents = [text if used else None for text, used in zip(checked.documents, is_used, strict=True)]
+        for text in documents:
             if text is not None and text not in keys:
                 keys[text] = text_key(text)
-        documents = checked.documents if has_own_texts else [None] * len(checked.documents)
+        own_texts = documents if has_own_texts else [None] * len(documents)
         return pa.table(
             columns
             | {
                 "query": pa.array(checked.queries, pa.large_string()),
-                "document": pa.array(documents, pa.large_string()),
-                "text_key": pa.array([t if t is None else keys[t] for t in checked.documents], pa.binary(16)),
+                "document": pa.array(own_texts, pa.large_string()),
+                "text_key": pa.array([text if text is None else keys[text] for text in documents], pa.binary(16)),
                 "score": columns["stage_score"],
             }
         )
@@ -228,7 +234,7 @@ class _Unit:
     queries: pa.ChunkedArray
     documents: pa.ChunkedArray
     doc_ids: list[str]
-    keys: list[bytes]
+    keys: list[bytes]  # None where nothing judged makes use of it
     ranks: NDArray[np.int64]
     scores: NDArray[np.float64]
 

@@ -24,6 +24,7 @@ from pipelines.mine_shard import MineCounts
 from pipelines.rerank import rerank
 from pipelines.testing import FakeModel
 from tests.support.collections import Collection, make_collection, plain_ranking, read_quarantine
+from tests.support.processes import children, is_running, wait_for
 from tests.support.s3 import S3Server
 
 #: Query -> the first-stage ranks of its positives with their grades; a query that is not here is not judged.
@@ -353,6 +354,29 @@ def test_a_foreign_file_under_a_part_s_name_is_never_overwritten(collection, tmp
     with pytest.raises(RunConflictError, match="holds something else"):
         run(tmp_path / "out", **settings)
     assert foreign.read_bytes() == b"somebody else's"
+
+
+@pytest.mark.parametrize("layout", ["ids", "shuffled"])
+def test_several_processes_write_the_bytes_of_one(collection, tmp_path, layout):
+    settings = {"qrels": write_qrels(collection), **collection.write(layout), "shard_candidates": 10}
+    run(tmp_path / "one", **settings)
+    outcome = run(tmp_path / "two", **settings, workers=2)
+    assert outcome.state == "done"
+    assert written(tmp_path / "one") == written(tmp_path / "two")
+
+
+def test_workers_end_with_a_driver_that_is_killed(tmp_path):
+    collection = make_collection(tmp_path / "in", num_queries=300)
+    settings = {"qrels": write_qrels(collection), **collection.write("pairs"), "shard_candidates": 10, "workers": 2}
+    job = tmp_path / "job.yaml"
+    job.write_text(yaml.safe_dump({**settings, "output": str(tmp_path / "out")}))
+    driver = start(job)
+    wait_for(lambda: list((tmp_path / "out" / "_run" / "records").glob("[!.]*")) != [], 60, "a unit")
+    workers = children(driver.pid)
+    assert len(workers) >= 2
+    driver.kill()
+    driver.communicate(timeout=60)
+    wait_for(lambda: not any(is_running(worker.pid) for worker in workers), 20, "the end of the workers")
 
 
 def start(job: Path) -> subprocess.Popen[bytes]:
