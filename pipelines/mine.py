@@ -2,7 +2,7 @@
 
 A unit's files are named by the unit, their bytes depend on the unit alone, and each is made by one create-only PUT;
 the unit's record is stored after them and makes it done. Any process may die at any moment: running the same command
-again does the units without a record.
+again does the units without a record. Judgements are in memory, candidates and texts a unit at a time.
 """
 
 import contextlib
@@ -279,12 +279,19 @@ def _mine_unit(item: tuple[str, Shard | int], context: MineContext) -> UnitRecor
 
 
 def _records(output: Location, plan: Plan) -> dict[str, UnitRecord]:
-    """The records of the units that are done."""
+    """The records of the units that are done. A unit whose files are not all there is made again."""
     files = [file.location for file in list_files(output / RECORD_FOLDER) if not file.location.name.startswith(".")]
     with ThreadPoolExecutor(16) as pool:
         records = list(pool.map(lambda place: _parse(read_bytes(place), place, plan), files))
     units = _units(plan)
-    return {record.unit_id: record for record in records if record.unit_id in units}
+    listed = (file for folder in _FOLDERS[:-1] for file in list_files(output / folder)) if records else ()
+    stored = {(file.location.uri, file.num_bytes) for file in listed}
+    return {
+        record.unit_id: record
+        for record in records
+        if record.unit_id in units
+        and all(((output / file.path).uri, file.num_bytes) in stored for file in record.files)
+    }
 
 
 def _parse(body: bytes, place: Location, plan: Plan) -> UnitRecord:

@@ -121,7 +121,7 @@ def test_a_terminal_gets_a_bar_with_rates_and_messages(monkeypatch):
         progress.expect(3, 210, [one])
         progress.update(one)
         progress.say("a message with [brackets] and \x1b[31m")
-        assert progress.snapshot()["shards"] == 2 and progress.snapshot()["eta_seconds"] > 0
+        assert progress.snapshot()["shards"] == 2 and progress.snapshot()["candidates_per_second"] > 0
     shown = terminal.getvalue()
     assert "2/3" in shown and "14 queries" in shown and "candidates/s" in shown
     assert "[brackets] and \\x1b[31m" in shown

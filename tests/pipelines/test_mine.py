@@ -199,9 +199,12 @@ def reranked(collection: Collection, layout: str, output: Path, **settings) -> t
 
 
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("layout", ["pairs", "shuffled", "nested", "ids"])
-def test_a_rerank_run_s_scores_are_what_the_rules_look_at(collection, tmp_path, layout):
-    run_folder, tables = reranked(collection, layout, tmp_path / "reranked", shard_candidates=40)
+@pytest.mark.parametrize(
+    ("layout", "interpolate"), [("pairs", None), ("shuffled", None), ("nested", None), ("ids", {"weight": 0.3})]
+)
+def test_a_rerank_run_s_model_scores_are_what_the_rules_look_at(collection, tmp_path, layout, interpolate):
+    settings = {"shard_candidates": 40, "interpolate": interpolate}
+    run_folder, tables = reranked(collection, layout, tmp_path / "reranked", **settings)
     outcome = run(
         tmp_path / "out",
         reranked=run_folder,
@@ -340,6 +343,16 @@ def test_a_file_that_is_removed_from_a_finished_run_is_noticed(collection, tmp_p
     next((tmp_path / "out" / "data").iterdir()).unlink()
     with pytest.raises(RunConflictError, match=r"data/part-.* is missing or changed"):
         run(tmp_path / "out", **settings)
+
+
+def test_a_part_that_is_lost_from_an_unfinished_run_is_made_again(collection, tmp_path):
+    settings = {"qrels": write_qrels(collection), **collection.write("pairs"), "shard_candidates": 40}
+    run(tmp_path / "out", **settings)
+    before = written(tmp_path / "out")
+    for name in ("_SUCCESS", "_manifest.json", next(iter(before))):
+        (tmp_path / "out" / name).unlink()
+    assert run(tmp_path / "out", **settings).state == "done"
+    assert written(tmp_path / "out") == before
 
 
 def test_a_foreign_file_under_a_part_s_name_is_never_overwritten(collection, tmp_path):
