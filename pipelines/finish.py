@@ -64,7 +64,7 @@ def finish(run: FinishedRun, say: Callable[[str], None]) -> ShardCounts:
     counts = _reconcile(run)
     wanted: list[tuple[str, int | None]] = [(record.path, record.num_bytes) for record in run.records.values()]
     wanted += [(path, None) for record in run.records.values() for path in record.side_paths]
-    changed = _changed(run.output, wanted)
+    changed = first_changed(run.output, wanted)
     if changed:
         raise RunConflictError(f"{run.output / changed} was removed or changed meanwhile; run the same command again")
     summary = _summarise(run, counts, say)
@@ -91,7 +91,7 @@ def confirm(output: Location) -> "Outcome":
         changed: str | None = MANIFEST_FILE
     else:
         wanted = [(part["path"], part["bytes"]) for part in manifest["parts"]]
-        changed = _changed(output, wanted + [(side, None) for part in manifest["parts"] for side in part["sides"]])
+        changed = first_changed(output, wanted + [(side, None) for part in manifest["parts"] for side in part["sides"]])
     if changed:
         raise RunConflictError(
             f"the run on {output} was finished, but {changed} is missing or changed since; restore it, or delete"
@@ -101,7 +101,7 @@ def confirm(output: Location) -> "Outcome":
     return Outcome("already done", output, f"nothing to do: this run is finished; see {output / REPORT_FILE}", counts)
 
 
-def _changed(output: Location, files: Sequence[tuple[str, int | None]]) -> str | None:
+def first_changed(output: Location, files: Sequence[tuple[str, int | None]]) -> str | None:
     """The first of these files that is not stored, or not with this number of bytes; None where all are."""
     folders = {path.partition("/")[0] for path, _ in files}
     stored = {file.location.uri: file.num_bytes for folder in folders for file in list_files(output / folder)}

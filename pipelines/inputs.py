@@ -4,11 +4,11 @@ It reads footers and one id column, never a text. Damage, and files that do not 
 named, so that a run starts only on input that it can read.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from crossenc.errors import InputError
 from pipelines import layout as layouts
-from pipelines.config import RerankConfig
 from pipelines.layout import Columns
 from pipelines.storage import FileInfo, expand, info, locate, open_input, redact
 
@@ -31,6 +30,25 @@ _MAX_ROW_GROUPS = 1_000_000
 _BUFFER_BYTES = 8 * 2**20
 _BATCH_BYTES = 64 * 2**20
 _REMEDY = "restore the file (skip_bad_files: true goes on without bad candidates files)"
+
+
+class CandidatesConfig(Protocol):
+    """The settings of any job that reads candidates."""
+
+    @property
+    def candidate_uris(self) -> tuple[str, ...]: ...
+    @property
+    def layout(self) -> str: ...
+    @property
+    def columns(self) -> Mapping[str, str]: ...
+    @property
+    def pass_through(self) -> Sequence[str]: ...
+    @property
+    def queries(self) -> str | None: ...
+    @property
+    def skip_bad_files(self) -> bool: ...
+    @property
+    def storage_options(self) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +92,7 @@ class Inputs:
         return len(np.unique(hashes)) == len(hashes)
 
 
-def list_candidates(config: RerankConfig) -> list[FileInfo]:
+def list_candidates(config: CandidatesConfig) -> list[FileInfo]:
     """Every candidates file of the job, once each, in a stable order."""
     found: dict[str, FileInfo] = {}
     for uri in config.candidate_uris:
@@ -83,7 +101,7 @@ def list_candidates(config: RerankConfig) -> list[FileInfo]:
     return list(found.values())
 
 
-def scan(config: RerankConfig, files: Sequence[FileInfo]) -> Inputs:
+def scan(config: CandidatesConfig, files: Sequence[FileInfo]) -> Inputs:
     """Reads the footers and query ids of `files`. Raises InputError naming the file and what to do.
 
     Where the job skips bad files, those that cannot be read now are left out and named.
@@ -109,7 +127,7 @@ def scan(config: RerankConfig, files: Sequence[FileInfo]) -> Inputs:
     return Inputs(columns, tuple(scan for _, scan in kept), tuple(skipped))
 
 
-def _resolve(config: RerankConfig, schema: pa.Schema, file: FileInfo) -> Columns:
+def _resolve(config: CandidatesConfig, schema: pa.Schema, file: FileInfo) -> Columns:
     return layouts.resolve(
         schema,
         layout=config.layout,
@@ -128,7 +146,10 @@ def _attempt(read: Callable[[], T]) -> T | InputError:
 
 
 def _keep(
-    config: RerankConfig, files: Sequence[FileInfo], results: Sequence[T | InputError], skipped: list[tuple[str, str]]
+    config: CandidatesConfig,
+    files: Sequence[FileInfo],
+    results: Sequence[T | InputError],
+    skipped: list[tuple[str, str]],
 ) -> list[tuple[FileInfo, T]]:
     """The files with a result. The others are added to `skipped`, or the first of their errors is raised."""
     kept: list[tuple[FileInfo, T]] = []

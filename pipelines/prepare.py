@@ -1,10 +1,11 @@
 """The CPU stage of a run: reads a shard, refuses its bad candidates and tokenises the good ones.
 
-Texts never leave this stage: what it hands on are ids, token ids and reasons. It knows nothing of scores.
+Texts never leave this stage: what `prepare` hands on are ids, token ids and reasons. It knows nothing of scores.
+`read_shard` is the reading alone, for jobs that do something else with the texts.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -64,39 +65,49 @@ def prepare(shard: Shard, file: InputFile, settings: ReadSettings, tokenizer: To
     unreadable, after a second look, because bytes can also be damaged on their way.
     """
     started = time.perf_counter()
+    tokenise_seconds = 0.0
+
+    def tokenise(checked: CheckedRows) -> pa.Table:
+        nonlocal tokenise_seconds
+        before = time.perf_counter()
+        table = _to_table(checked, shard.file, tokenizer, settings.pass_through)
+        tokenise_seconds += time.perf_counter() - before
+        return table
+
+    rows = read_shard(shard, file, settings, tokenise, TOKEN_FIELDS)
+    elapsed = time.perf_counter() - started
+    return PreparedShard(rows, elapsed - tokenise_seconds, tokenise_seconds)
+
+
+def read_shard(
+    shard: Shard,
+    file: InputFile,
+    settings: ReadSettings,
+    to_table: Callable[[CheckedRows], pa.Table],
+    own_fields: Sequence[pa.Field],
+) -> pa.Table:
+    """All candidates of a shard: the thin rows plus `own_fields`, as `to_table` makes them of each batch.
+
+    Raises as `prepare` does, and treats damage as it does.
+    """
     source = FileInfo(locate(file.uri, settings.storage_options), file.num_bytes, file.version)
     check_unchanged(source)
     try:
         for _ in range(2):
             try:
-                parts, tokenise_seconds = _tables(source, shard, settings, tokenizer)
+                parts = [to_table(checked) for checked in _checked_batches(source, shard, settings)]
                 break
             except _DamagedError as damage:
-                parts, tokenise_seconds = [_unreadable(shard, str(damage))], 0.0
+                parts = [_unreadable(shard, str(damage))]
     except FileNotFoundError:
         check_unchanged(source)  # says what is wrong, unless the file has come back
         raise
     check_unchanged(source)
-    rows = _concat(parts, settings.pass_through)
-    elapsed = time.perf_counter() - started
-    return PreparedShard(rows, elapsed - tokenise_seconds, tokenise_seconds)
+    return _concat(parts, pa.schema([*thin_schema(settings.pass_through), *own_fields]))
 
 
 class _DamagedError(Exception):
     """The file is damaged where it was read."""
-
-
-def _tables(
-    source: FileInfo, shard: Shard, settings: ReadSettings, tokenizer: Tokenizer
-) -> tuple[list[pa.Table], float]:
-    """The shard's rows, tokenised, and the seconds that tokenising took."""
-    parts = []
-    tokenise_seconds = 0.0
-    for checked in _checked_batches(source, shard, settings):
-        before = time.perf_counter()
-        parts.append(_to_table(checked, shard.file, tokenizer, settings.pass_through))
-        tokenise_seconds += time.perf_counter() - before
-    return parts, tokenise_seconds
 
 
 def _checked_batches(source: FileInfo, shard: Shard, settings: ReadSettings) -> Iterator[CheckedRows]:
@@ -145,7 +156,6 @@ def _read_rows(source: FileInfo, shard: Shard, columns: Columns) -> Iterator[tup
 
 
 def _to_table(checked: CheckedRows, file: int, tokenizer: Tokenizer, pass_through: tuple[pa.Field, ...]) -> pa.Table:
-    raw = checked.raw
     good = [i for i, reason in enumerate(checked.reasons) if reason is None]
     # check() leaves no good row without texts
     pairs = tokenizer.encode([checked.queries[i] or "" for i in good], [checked.documents[i] or "" for i in good])
@@ -161,7 +171,18 @@ def _to_table(checked: CheckedRows, file: int, tokenizer: Tokenizer, pass_throug
         token_types = pa.nulls(num_rows, pa.large_list(pa.uint8()))
     else:
         token_types = pa.LargeListArray.from_arrays(offsets, pa.array(pairs.token_type_ids, pa.uint8()))
-    columns = {
+    columns = thin_columns(checked, file, pass_through) | {
+        "input_ids": pa.LargeListArray.from_arrays(offsets, pa.array(pairs.input_ids, pa.int32())),
+        "token_type_ids": token_types,
+        "truncated": pa.array(truncated),
+    }
+    return pa.table(columns)
+
+
+def thin_columns(checked: CheckedRows, file: int, pass_through: tuple[pa.Field, ...] = ()) -> dict[str, pa.Array]:
+    """The columns of schemas.thin_schema for one batch; nothing is scored yet."""
+    raw, num_rows = checked.raw, len(checked.reasons)
+    return {
         "query_id": pa.array(checked.query_ids, pa.large_string()),
         "doc_id": pa.array(checked.doc_ids, pa.large_string()),
         "file": pa.array(np.full(num_rows, file, dtype=np.int32)),
@@ -173,11 +194,7 @@ def _to_table(checked: CheckedRows, file: int, tokenizer: Tokenizer, pass_throug
         "detail": pa.array(checked.details, pa.string()),
         **{field.name: array for field, array in zip(pass_through, raw.pass_through, strict=True)},
         "model_score": pa.nulls(num_rows, pa.float32()),
-        "input_ids": pa.LargeListArray.from_arrays(offsets, pa.array(pairs.input_ids, pa.int32())),
-        "token_type_ids": token_types,
-        "truncated": pa.array(truncated),
     }
-    return pa.table(columns)
 
 
 def _cast_or_null(values: pa.Array | None, num_rows: int, kind: pa.DataType) -> pa.Array:
@@ -196,9 +213,8 @@ def _unreadable(shard: Shard, detail: str) -> pa.Table:
     )
 
 
-def _concat(parts: list[pa.Table], pass_through: tuple[pa.Field, ...]) -> pa.Table:
+def _concat(parts: list[pa.Table], schema: pa.Schema) -> pa.Table:
     """All rows of the shard in one table of the stage's schema; what a part lacks is null."""
-    schema = pa.schema([*thin_schema(pass_through), *TOKEN_FIELDS])
     tables = [schema.empty_table()]
     for part in parts:
         columns = [

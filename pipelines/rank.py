@@ -5,6 +5,7 @@ query, duplicates refused, scores interpolated and everything counted.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,7 +74,7 @@ def rank_rows(rows: pa.Table, settings: RankSettings) -> Ranked:
     return Ranked(
         results=results,
         completeness=completeness,
-        quarantine=_quarantine(rows.filter(pa.array(refused)), settings),
+        quarantine=quarantine_rows(rows.filter(pa.array(refused)), settings.files),
         num_queries=num_queries,
         num_candidates=rows.num_rows,
         num_scored=scored.num_rows,
@@ -163,8 +164,9 @@ def _results(scored: pa.Table, groups: NDArray[np.int64], stage: NDArray[np.int6
     return pa.table([columns[field.name].cast(field.type) for field in schema], schema=schema)
 
 
-def _quarantine(refused: pa.Table, settings: RankSettings) -> pa.Table:
-    files = pa.array(settings.files, pa.string()).take(refused.column("file").combine_chunks())
+def quarantine_rows(refused: pa.Table, file_uris: Sequence[str]) -> pa.Table:
+    """The refused candidates as the quarantine shows them; `file_uris` are the input files that rows name by number."""
+    files = pa.array(file_uris, pa.string()).take(refused.column("file").combine_chunks())
     columns = {name: refused.column(name) for name in ("query_id", "doc_id", "reason", "detail", "row", "item")}
     columns["file"] = files
     return pa.table([columns[f.name].cast(f.type) for f in QUARANTINE_SCHEMA], schema=QUARANTINE_SCHEMA)

@@ -12,7 +12,7 @@ from typing import Any, Literal, TextIO
 
 import pyarrow.parquet as pq
 
-from crossenc.errors import ConfigError, CrossEncError, RunConflictError
+from crossenc.errors import CrossEncError, RunConflictError
 from pipelines import agreement, execute, finish, lease, ledger, weights
 from pipelines import plan as plans
 from pipelines.commit import RESULTS_FOLDER, SCORED_FOLDER, CommitSettings
@@ -28,6 +28,7 @@ from pipelines.stages import Item, RunContext, bucket_id, raise_failure
 from pipelines.storage import (
     FileInfo,
     Location,
+    check_apart,
     delete,
     exists,
     expand,
@@ -70,7 +71,7 @@ class Job:
 def resolve(config: RerankConfig, model: Model | None = None) -> Job:
     """Looks everything up that the job names: files, tables, model. Raises before any work is done."""
     output = locate(config.output, config.storage_options)
-    _check_apart(config, output)
+    check_apart(output, [*config.candidate_uris, config.queries, config.corpus, config.qrels])
     files = list_candidates(config)
     queries = corpus = None
     if config.queries and config.corpus:
@@ -87,15 +88,6 @@ def resolve(config: RerankConfig, model: Model | None = None) -> Job:
     tables = [*(queries.files if queries else ()), *(corpus.files if corpus else ())]
     parts = plans.describe_parts([*files, *tables, *fitted_on], model.digests(), config.result_options())
     return Job(config, output, model, tuple(files), queries, corpus, parts)
-
-
-def _check_apart(config: RerankConfig, output: Location) -> None:
-    inputs = [*config.candidate_uris, *(uri for uri in (config.queries, config.corpus, config.qrels) if uri)]
-    for uri in inputs:
-        place = locate(uri, config.storage_options).uri.rstrip("/") + "/"
-        own = output.uri.rstrip("/") + "/"
-        if own.startswith(place) or place.startswith(own):
-            raise ConfigError(f"output {output} and input {place[:-1]} lie inside each other; choose another output")
 
 
 def rerank(

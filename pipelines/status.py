@@ -38,6 +38,10 @@ def look(output_uri: str, storage_options: Mapping[str, Any]) -> RunStatus:
     plan = plans.load(output)
     if plan is None:
         raise InputError(f"{output} holds no run; give the output folder of a rerank job")
+    if "job" in plan.parts:
+        raise InputError(
+            f"{output} holds a run of `crossenc {plan.parts['job']}`; run its command again to see how it is"
+        )
     holder = lease.last_holder(output)
     shard_ids = [shard.shard_id for shard in plan.shards]
     shards = ledger.read(output, SCORED_FOLDER if plan.is_two_phase else RESULTS_FOLDER, shard_ids, plan.fingerprint)

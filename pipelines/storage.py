@@ -26,7 +26,7 @@ import fsspec
 import pyarrow as pa
 from fsspec.spec import AbstractFileSystem
 
-from crossenc.errors import InputError, StorageError
+from crossenc.errors import ConfigError, InputError, StorageError
 
 T = TypeVar("T")
 
@@ -148,6 +148,15 @@ def locate(uri: str, options: Mapping[str, Any] | None = None) -> Location:
         raise InputError(f"{shown!r} has no bucket; write {scheme}://bucket/key")
     _check_endpoint(options or {})
     return Location(f"{scheme}://{rest.rstrip('/')}", dict(options or {}))
+
+
+def check_apart(output: Location, inputs: Iterable[str | None]) -> None:
+    """Raises ConfigError where a job's output and one of its inputs (None is none) lie inside each other."""
+    own = output.uri.rstrip("/") + "/"
+    for uri in inputs:
+        place = locate(uri, output.options).uri.rstrip("/") + "/" if uri else ""
+        if uri and (own.startswith(place) or place.startswith(own)):
+            raise ConfigError(f"output {output} and input {place[:-1]} lie inside each other; choose another output")
 
 
 def _check_endpoint(options: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ import sys
 
 def test_importing_the_library_loads_neither_ray_nor_arrow_nor_torch():
     code = "import sys, crossenc, crossenc.records, crossenc.ranking, crossenc.batching, crossenc.evaluation.metrics\n"
+    code += "import crossenc.mining\n"
     code += "assert not {'ray', 'pyarrow', 'torch', 'transformers'} & set(sys.modules), 'heavy import'"
     subprocess.run([sys.executable, "-c", code], check=True)
 

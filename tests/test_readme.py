@@ -11,6 +11,7 @@ import yaml
 
 from crossenc.testing import tiny_checkpoint
 from pipelines.config import RerankConfig, ScoringConfig
+from pipelines.mine_config import MineConfig
 from tests.support.collections import make_collection, read_results
 
 ROOT = Path(__file__).parent.parent
@@ -30,8 +31,12 @@ def workplace(tmp_path_factory) -> Path:
     """A folder as the README assumes it: candidates, a model and the job file."""
     folder = tmp_path_factory.mktemp("readme")
     tiny_checkpoint(folder / "my-model", max_length=512)
-    make_collection(folder, num_queries=5).pairs.to_parquet(folder / "candidates.parquet", index=False)
-    (folder / "rerank.yaml").write_text(blocks("yaml")[0])
+    pairs = make_collection(folder, num_queries=5).pairs
+    pairs.to_parquet(folder / "candidates.parquet", index=False)
+    judged = pairs.groupby("query_id").first().reset_index()[["query_id", "doc_id"]]
+    judged.assign(relevance=1).to_parquet(folder / "qrels.parquet", index=False)
+    for block in blocks("yaml"):
+        (folder / block.splitlines()[0].removeprefix("# ")).write_text(block)
     return folder
 
 
@@ -44,7 +49,7 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess:
 
 def test_the_commands_of_the_job_run_in_the_order_of_the_readme(workplace):
     wanted = commands("crossenc ") + commands("python -m jobs.rerank")
-    assert len(wanted) == 5
+    assert len(wanted) == 6
     for command in wanted:
         done = run(command, workplace)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
@@ -55,6 +60,7 @@ def test_the_commands_of_the_job_run_in_the_order_of_the_readme(workplace):
             assert "finished" in done.stdout and "5 queries" not in done.stderr
     assert len(read_results(workplace / "reranked")) == 50
     assert len(read_results(workplace / "reranked-top3")) == 15
+    assert list((workplace / "training" / "data").iterdir())
 
 
 def test_the_python_example_runs(workplace):
@@ -107,6 +113,12 @@ def test_every_setting_is_explained_and_every_explained_setting_exists():
     assert set(ScoringConfig.model_fields) <= set(re.findall(r"`([a-z_]+)`", table))
 
 
+def test_every_setting_of_mining_is_explained_and_every_explained_setting_exists():
+    table = README.split("| setting of `mine` | default | meaning |")[1].split("\n\n")[0]
+    cells = [line.split("|")[1] for line in table.splitlines()[2:]]
+    assert {name for cell in cells for name in re.findall(r"`([a-z_]+)`", cell)} == set(MineConfig.model_fields)
+
+
 def test_the_annotated_tree_names_every_module_and_nothing_else():
     tree = README.split("## How it is built")[1].split("```")[1]
     for package in ("crossenc", "pipelines"):
@@ -116,8 +128,9 @@ def test_the_annotated_tree_names_every_module_and_nothing_else():
         assert named | {"records.py", "schemas.py", "testing.py"} == real | {"records.py", "schemas.py", "testing.py"}
 
 
-def test_the_commented_job_file_is_valid_with_every_comment_taken_out():
-    text = (ROOT / "jobs" / "configs" / "rerank.yaml").read_text()
-    RerankConfig.model_validate(yaml.safe_load(text))
+@pytest.mark.parametrize(("name", "kind"), [("rerank", RerankConfig), ("mine", MineConfig)])
+def test_the_commented_job_file_is_valid_and_comments_out_what_there_is(name, kind):
+    text = (ROOT / "jobs" / "configs" / f"{name}.yaml").read_text()
+    kind.model_validate(yaml.safe_load(text))
     settings = re.findall(r"^# ([a-z_]+): ", text, re.MULTILINE)
-    assert set(settings) <= set(RerankConfig.model_fields)
+    assert set(settings) <= set(kind.model_fields)

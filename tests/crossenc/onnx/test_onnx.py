@@ -62,7 +62,7 @@ def modular(folder: Path) -> CrossEncoder:
         backbone = AutoModel.from_pretrained(folder)
     torch.manual_seed(0)
     parts = [
-        Transformer(backbone, "feature-extraction", AutoTokenizer.from_pretrained(folder)),
+        Transformer(backbone, tokenizer=AutoTokenizer.from_pretrained(folder)),
         Pooling(32, ["mean", "max", "cls"]),
         Dense(96, 16, activation_function=torch.nn.GELU()),
         LayerNorm(16),
@@ -184,7 +184,8 @@ def test_a_language_model_that_is_asked_yes_or_no_is_not_exported(tmp_path):
         eos_token_id=tokenizer.sep_token_id,
     )
     with quiet_transformers():
-        parts = [Transformer(Qwen3ForCausalLM(config), "text-generation", tokenizer), LogitScore(5, 6)]
+        transformer = Transformer(Qwen3ForCausalLM(config), transformer_task="text-generation", tokenizer=tokenizer)
+    parts = [transformer, LogitScore(5, 6)]
     with pytest.raises(ConfigError, match="yes or no"):
         export_onnx(CrossEncoder(modules=parts, device="cpu"), tmp_path)
 
