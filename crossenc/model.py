@@ -5,17 +5,14 @@ It joins the parts of a model, their tokenizer and the engine, and knows neither
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -36,16 +33,12 @@ from crossenc.onnx.backend import OnnxSettings, load_network
 from crossenc.pairs import Pair, is_one_pair, split_pairs
 from crossenc.pool import Pool, default_devices
 from crossenc.precision import resolve_dtype
-from crossenc.ranking import order
-from crossenc.records import TokenizedPairs
 from crossenc.saving import SaveMixin
+from crossenc.scoring import ScoreSettings, check_activation, ranked, score_pairs, score_text
 from crossenc.source import ModelSource, source_of_folder, source_of_modules, split_dtype
-from crossenc.tokenizer import PairTokenizer, check_texts, position_limit, wrap_tokenizer
+from crossenc.tokenizer import PairTokenizer, position_limit, wrap_tokenizer
 
 logger = logging.getLogger(__name__)
-
-#: Pairs that are tokenised while those before them are scored, and that are sorted by length among each other.
-_PAIRS_AHEAD = 8192
 
 if TYPE_CHECKING:
     from crossenc.onnx.session import OnnxNetwork
@@ -121,7 +114,7 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
         Raises InputError, CheckpointError or StorageError as `crossenc.checkpoint.fetch` does, ConfigError for a
         setting that does not fit the checkpoint or is not supported, TypeError for an unknown argument.
         """
-        _check_activation(activation_fn)
+        check_activation(activation_fn)
         _check_supported(trust_remote_code, backend)
         if (model_name_or_path is None) == (modules is None):
             raise ConfigError("give CrossEncoder either a folder, a URI or a hub id, or its modules")
@@ -260,20 +253,20 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
         if value is not None and limit is not None and value > limit:
             logger.warning("max_length is %d, but the model has positions for %d tokens: it is %d", value, limit, limit)
             value = limit
-        self._tokenizer = self._tokenizer_for(value, {})
+        source = self._source
+        self._tokenizer = wrap_tokenizer(source.tokenizer, self.config, source.layout, value)
         self._source.tokenizer.model_max_length = self._tokenizer.max_length
 
-    def _tokenizer_for(
-        self, max_length: int | None, processing_kwargs: Mapping[str, Any]
-    ) -> PairTokenizer | ChatTokenizer:
-        """A tokenizer of pairs with other settings."""
+    def pair_tokenizer(self, processing_kwargs: Mapping[str, Any] | None = None) -> PairTokenizer | ChatTokenizer:
+        """The tokenizer of pairs, with other settings where there are any: {"text": {…}}, as `predict` explains."""
+        if not processing_kwargs:
+            return self._tokenizer
         unknown = set(processing_kwargs) - {"text"}
         if unknown:
             raise ConfigError(f"processing_kwargs has {sorted(unknown)[0]!r}: only 'text' can be set for a call")
-        source, text_settings = self._source, processing_kwargs.get("text", {})
-        if "max_length" in text_settings:
-            max_length = text_settings["max_length"]
-        return wrap_tokenizer(source.tokenizer, self.config, source.layout, max_length, text_settings=text_settings)
+        source, settings = self._source, processing_kwargs["text"]
+        max_length = settings.get("max_length", self.max_length)
+        return wrap_tokenizer(source.tokenizer, self.config, source.layout, max_length, text_settings=settings)
 
     @property
     def head_is_new(self) -> bool:
@@ -335,7 +328,7 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
 
     @activation_fn.setter
     def activation_fn(self, value: Activation) -> None:
-        _check_activation(value)
+        check_activation(value)
         self.__dict__["_activation"] = value
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -422,7 +415,7 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
         """
         if isinstance(prompt_name, int):  # the place of batch_size up to version 5.3 of sentence-transformers
             batch_size, prompt_name = _old_batch_size(prompt_name), None
-        settings = _ScoreSettings(
+        settings = ScoreSettings(
             self._prompt(prompt, prompt_name),
             activation_fn,
             batch_size,
@@ -431,10 +424,10 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
         )
         is_single = self.is_singular_input(inputs)
         if isinstance(inputs, str):
-            scores = torch.from_numpy(self._score_text(inputs, settings))
+            scores = torch.from_numpy(score_text(self, inputs, settings))
         else:
             queries, documents, _ = split_pairs(inputs)
-            scores = torch.from_numpy(self._score_on(queries, documents, settings, device, pool, chunk_size))
+            scores = torch.from_numpy(score_pairs(self, queries, documents, settings, device, pool, chunk_size))
         if apply_softmax and scores.ndim > 1:
             scores = torch.softmax(scores, dim=1)
         if convert_to_tensor:
@@ -515,72 +508,20 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
         asked, lists = list(queries), [list(texts) for texts in documents]
         if len(asked) != len(lists):
             raise InputError(f"there are {len(asked)} queries and {len(lists)} lists of documents: give one a query")
-        scores = self._score_on(
+        scores = score_pairs(
+            self,
             [query for query, texts in zip(asked, lists, strict=True) for _ in texts],
             [text for texts in lists for text in texts],
-            _ScoreSettings(self._prompt(prompt, prompt_name), activation_fn, batch_size, bool(show_progress_bar)),
+            ScoreSettings(self._prompt(prompt, prompt_name), activation_fn, batch_size, bool(show_progress_bar)),
             device,
             pool,
             chunk_size,
         )
         starts = np.cumsum([0, *map(len, lists)])
         return [
-            _ranked(scores[start : start + len(texts)], texts, top_k, return_documents)
+            ranked(scores[start : start + len(texts)], texts, top_k, return_documents)
             for start, texts in zip(starts, lists, strict=False)
         ]
-
-    def _score_on(
-        self,
-        queries: list[str],
-        documents: list[str],
-        settings: "_ScoreSettings",
-        device: str | torch.device | list[str] | None,
-        pool: Pool | None,
-        chunk_size: int | None,
-    ) -> NDArray[np.float32]:
-        """The scores of pairs, computed here, or by the processes of a pool."""
-        if isinstance(device, list) and pool is None:
-            with self.start_multi_process_pool(device) as own_pool:
-                return self._score_on(queries, documents, settings, None, own_pool, chunk_size)
-        if pool is None:
-            if device is not None:
-                self.to(torch.device(device))  # type: ignore[arg-type]  # no list, as seen above
-            return self._score(queries, documents, settings)
-        pairs = list(zip(queries, documents, strict=True))
-        own_activation = replace(
-            settings, activation_fn=settings.activation_fn or self._activation, shows_progress=False
-        )
-        chunks = pool.map(_PoolTask(own_activation), pairs, chunk_size)
-        return np.concatenate(chunks) if chunks else self._score([], [], settings)
-
-    def _score(self, queries: list[str], documents: list[str], settings: "_ScoreSettings") -> NDArray[np.float32]:
-        _check_activation(settings.activation_fn)
-        engine = self.engine.with_limits(settings.activation_fn, settings.batch_size)
-        tokenizer = self._tokenizer
-        if settings.processing_kwargs:
-            tokenizer = self._tokenizer_for(self.max_length, settings.processing_kwargs)
-        check_texts(queries, "query")  # all of them now, so that an error names the place among all
-        check_texts(documents, "document")
-
-        def tokenise(start: int) -> TokenizedPairs:
-            chunk = slice(start, start + _PAIRS_AHEAD)
-            return tokenizer.encode(queries[chunk], documents[chunk], settings.prompt)
-
-        with _progress(len(queries), settings.shows_progress) as on_batch, ThreadPoolExecutor(1) as thread:
-            scores = []
-            ahead = thread.submit(tokenise, 0)
-            for start in range(0, max(1, len(queries)), _PAIRS_AHEAD):
-                pairs = ahead.result()
-                if start + _PAIRS_AHEAD < len(queries):
-                    ahead = thread.submit(tokenise, start + _PAIRS_AHEAD)
-                scores.append(engine.score(pairs, on_batch))
-        return np.concatenate(scores)
-
-    def _score_text(self, text: str, settings: "_ScoreSettings") -> NDArray[np.float32]:
-        """The score of one text without a document, [1] or [1, L]."""
-        _check_activation(settings.activation_fn)
-        pairs = self._tokenizer.encode_text(text, settings.prompt)
-        return self.engine.with_limits(settings.activation_fn, settings.batch_size).score(pairs)
 
     def start_multi_process_pool(self, target_devices: list[str] | None = None) -> Pool:
         """Start a process for each of `target_devices` (all CUDA devices, or four times the CPU), to score with."""
@@ -638,51 +579,6 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
         return evaluator(self, output_path)
 
 
-@dataclass(frozen=True, slots=True)
-class _ScoreSettings:
-    """How one call scores. `activation_fn` is the model's own when None."""
-
-    prompt: str
-    activation_fn: Activation | None
-    batch_size: int | None
-    shows_progress: bool
-    processing_kwargs: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class _PoolTask:
-    """What a process of a pool does with its model and a chunk of pairs."""
-
-    settings: _ScoreSettings
-
-    def __call__(self, model: CrossEncoder, pairs: Sequence[Pair]) -> NDArray[np.float32]:
-        queries, documents = zip(*pairs, strict=True)
-        return model._score(list(queries), list(documents), self.settings)
-
-
-def _ranked(
-    scores: NDArray[np.float32], texts: Sequence[str], top_k: int | None, return_documents: bool
-) -> list[dict[str, Any]]:
-    # Positions serve as first-stage ranks; they are all different, so document ids decide nothing.
-    best_first = order(scores, np.arange(len(texts)), [""] * len(texts))[:top_k].tolist()
-    results: list[dict[str, Any]] = [
-        {"corpus_id": position, "score": float(scores[position])} for position in best_first
-    ]
-    if return_documents:
-        for result in results:
-            result["text"] = texts[result["corpus_id"]]
-    return results
-
-
-@contextmanager
-def _progress(num_pairs: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """Give a function that moves a progress bar on by so many pairs."""
-    columns = (TextColumn("Scoring pairs"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not shown) as bar:
-        task = bar.add_task("", total=num_pairs)
-        yield lambda num_done: bar.advance(task, num_done)
-
-
 def _named_prompt(prompts: Mapping[str, str], name: str) -> str:
     if name not in prompts:
         raise ConfigError(f"there is no prompt {name!r}: the model has {', '.join(sorted(prompts)) or 'none'}")
@@ -692,11 +588,6 @@ def _named_prompt(prompts: Mapping[str, str], name: str) -> str:
 def _old_batch_size(value: int) -> int:
     warn_deprecated("The second positional argument of predict is prompt_name: write batch_size=", 5)
     return value
-
-
-def _check_activation(activation_fn: Activation | None) -> None:
-    if activation_fn is not None and (isinstance(activation_fn, type) or not callable(activation_fn)):
-        raise ConfigError(f"activation_fn is {activation_fn!r}: pass an instance such as torch.nn.Sigmoid()")
 
 
 def _check_supported(trust_remote_code: bool, backend: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 import sentence_transformers
 import torch
 
-from crossenc import CrossEncoder, model
+from crossenc import CrossEncoder, scoring
 from crossenc.batching import token_budget_batches
 from crossenc.errors import InputError
 from crossenc.testing import tiny_checkpoint
@@ -67,9 +67,9 @@ def test_the_model_stays_on_its_device_and_in_its_mode_after_a_pool(folder: Path
 def test_texts_are_tokenised_while_others_are_scored(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = CrossEncoder(folder, device="cpu")
     expected = ours.predict(PAIRS * 3)
-    monkeypatch.setattr(model, "_PAIRS_AHEAD", 2)
+    monkeypatch.setattr(scoring, "PAIRS_AHEAD", 2)
     second_chunk_is_tokenised = threading.Event()
-    encode, forward, calls = ours._tokenizer.encode, ours.forward, []
+    encode, forward, calls = ours.pair_tokenizer().encode, ours.forward, []
 
     def watched_encode(*args: Any) -> Any:
         calls.append(threading.current_thread() is threading.main_thread())
@@ -81,7 +81,7 @@ def test_texts_are_tokenised_while_others_are_scored(folder: Path, monkeypatch: 
         assert second_chunk_is_tokenised.wait(timeout=30)  # before the first chunk has scores
         return forward(features)
 
-    monkeypatch.setattr(ours._tokenizer, "encode", watched_encode)
+    monkeypatch.setattr(ours.pair_tokenizer(), "encode", watched_encode)
     monkeypatch.setattr(ours, "forward", waiting_forward)
     np.testing.assert_allclose(ours.predict(PAIRS * 3), expected, atol=1e-6)
     assert calls == [False] * 3
@@ -90,7 +90,7 @@ def test_texts_are_tokenised_while_others_are_scored(folder: Path, monkeypatch: 
 def test_an_error_names_the_place_among_all_inputs_however_they_are_cut(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model, "_PAIRS_AHEAD", 2)
+    monkeypatch.setattr(scoring, "PAIRS_AHEAD", 2)
     with pytest.raises(InputError, match="document 5 is a NoneType"):
         CrossEncoder(folder, device="cpu").predict([*PAIRS, *PAIRS, PAIRS[0], ("what", None)])
 
