@@ -32,6 +32,7 @@ format: $(VENV)/.test ## format the code
 	$(BIN)/ruff check --fix .
 
 bench: $(VENV)/.test ## benchmarks, each against its baseline in one run
+	$(BIN)/python -m tests.benchmarks.bench_inference
 	$(BIN)/python -m tests.benchmarks.bench_pipeline
 
 clean: ## remove the environment and what tools left

@@ -2,9 +2,10 @@
 
 Run: `python -m tests.benchmarks.bench_inference --model FOLDER --data FOLDER`. The data folder has `candidates`,
 `queries` and `corpus` as Parquet, in the ids layout of a rerank job. Each contender predicts all pairs from texts,
-once a round; the table has medians, and the differences to the first contender's scores. Seconds of processor time
-are worth more than those of the clock where other programs share the machine; with one thread (OMP_NUM_THREADS=1)
-they count what was computed.
+once a round; the table has medians, and the differences to the first contender's scores, which are float32. MFU is the
+share of the rate that matrix products of the model's size reach in the same run, in the contender's number format.
+Seconds of processor time are worth more than those of the clock where other programs share the machine; with one
+thread (OMP_NUM_THREADS=1) they count what was computed. Needs no Ray.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -22,13 +24,24 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+from scipy import stats
 
 from crossenc import CrossEncoder
+from crossenc.batching import padded_tokens
 
 SHARED = Path(__file__).parents[3] / "shared"
 
 Pairs = list[tuple[str, str]]
 Predict = Callable[[Pairs], NDArray[np.float32]]
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A way of scoring. `padded_share` is what it adds to the tokens, `dtype` the format of its matrix products."""
+
+    predict: Predict
+    dtype: torch.dtype
+    padded_share: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,24 +58,52 @@ def main() -> None:
     parser.add_argument("--model", default=str(SHARED / "models" / "minilm-ce"), help="a checkpoint folder")
     parser.add_argument("--data", default=str(SHARED / "data" / "medquad"), help="a folder of three tables")
     parser.add_argument("--pairs", type=int, default=256)
+    parser.add_argument("--per-query", type=int, default=20, help="documents of each query")
+    parser.add_argument("--onnx", nargs="*", default=[], help="ONNX files of the checkpoint, made by crossenc export")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", help="the fastest by default")
     parser.add_argument("--budgets", type=int, nargs="*", default=[], help="further token budgets of packed batches")
     parser.add_argument("--batch-sizes", type=int, nargs="*", default=[8], help="of sentence-transformers, beside 32")
     parser.add_argument("--bfloat16", action="store_true", help="in bfloat16 as well")
     given = parser.parse_args()
-    pairs = read_pairs(Path(given.data), given.pairs)
-    contenders = make_contenders(given)
-    lengths = CrossEncoder(given.model, device="cpu")._tokenizer.encode(*map(list, zip(*pairs, strict=True))).lengths
+    queries, pairs = read_pairs(Path(given.data), given.pairs, given.per_query)
+    model = CrossEncoder(given.model, device=given.device)
+    lengths = model.pair_tokenizer().encode(*map(list, zip(*pairs, strict=True))).lengths
+    contenders = make_contenders(given, pairs, lengths)
     load = os.getloadavg()[0]
-    timings = race(contenders, pairs, given.rounds)
-    threads = torch.get_num_threads()
-    title = f"{len(pairs)} pairs, {lengths.mean():.0f} tokens each; {threads} threads; load before {load:.1f}"
-    show(timings, int(lengths.sum()), title)
+    timings = race({name: contender.predict for name, contender in contenders.items()}, pairs, given.rounds)
+    peaks = {c.dtype: peak(c.dtype, model.config.hidden_size, model.device) for c in contenders.values()}
+    title = (
+        f"{len(pairs)} pairs of {len(set(queries))} queries, {lengths.mean():.0f} tokens each;"
+        f" {torch.get_num_threads()} threads; load before {load:.1f}; "
+        + ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {str(dtype)[6:]}" for dtype, rate in peaks.items())
+    )
+    show(contenders, timings, queries, operations(model, lengths), peaks, int(lengths.sum()), title)
 
 
-def read_pairs(folder: Path, num_pairs: int, per_query: int = 8) -> Pairs:
-    """The first stage's best `per_query` documents of queries spread over the collection."""
+def operations(model: CrossEncoder, lengths: NDArray[np.int64]) -> float:
+    """Floating point operations of a forward pass over sequences of these lengths: products, and attention."""
+    weights = sum(part.weight.numel() for part in model.model.modules() if isinstance(part, torch.nn.Linear))
+    config = model.config
+    attention = 4 * config.num_hidden_layers * config.hidden_size * float((lengths.astype(float) ** 2).sum())
+    return 2.0 * weights * float(lengths.sum()) + attention
+
+
+def peak(dtype: torch.dtype, width: int, device: torch.device, seconds: float = 1.0) -> float:
+    """Operations a second of the model's own largest product, 2,048 tokens by the inner layer."""
+    tokens, weights = (torch.randn(n, width, device=device).to(dtype) for n in (2048, 4 * width))
+    tokens @ weights.T
+    started, num_runs = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        product = tokens @ weights.T
+        num_runs += 1
+        if device.type == "cuda":
+            product[0, 0].item()
+    return 2.0 * num_runs * product.numel() * width / (time.perf_counter() - started)
+
+
+def read_pairs(folder: Path, num_pairs: int, per_query: int) -> tuple[list[str], Pairs]:
+    """The first stage's best `per_query` documents of queries spread over the collection, and their queries' ids."""
     tables = {name: pq.read_table(folder / f"{name}.parquet") for name in ("candidates", "queries", "corpus")}
     queries = dict(zip(*(tables["queries"][c].to_pylist() for c in ("query_id", "text")), strict=True))
     documents = dict(zip(*(tables["corpus"][c].to_pylist() for c in ("doc_id", "text")), strict=True))
@@ -71,26 +112,51 @@ def read_pairs(folder: Path, num_pairs: int, per_query: int = 8) -> Pairs:
     for query_id, doc_id in zip(*(best[c].to_pylist() for c in ("query_id", "doc_id")), strict=True):
         found.setdefault(query_id, []).append(doc_id)
     chosen = sorted(found)[:: max(1, len(found) * per_query // num_pairs)]
-    return [(queries[q], documents[d]) for q in chosen for d in found[q]][:num_pairs]
+    rows = [(q, d) for q in chosen for d in found[q]][:num_pairs]
+    return [q for q, _ in rows], [(queries[q], documents[d]) for q, d in rows]
 
 
-def make_contenders(given: argparse.Namespace) -> dict[str, Predict]:
-    """Functions that score pairs, by name; the first is the reference."""
+def make_contenders(given: argparse.Namespace, pairs: Pairs, lengths: NDArray[np.int64]) -> dict[str, Contender]:
+    """Ways of scoring, by name; the first is the reference."""
     from sentence_transformers import CrossEncoder as Reference
 
-    contenders: dict[str, Predict] = {}
-    for dtype in ("float32", "bfloat16") if given.bfloat16 else ("float32",):
-        theirs = Reference(given.model, device=given.device, model_kwargs={"dtype": getattr(torch, dtype)})
-        for batch_size in (32, *given.batch_sizes):
-            contenders[f"sentence-transformers {dtype}, batch {batch_size}"] = _theirs(theirs, batch_size)
+    total = int(lengths.sum())
+    contenders: dict[str, Contender] = {}
+    as_stored = Reference(given.model, device=given.device)
+    stored = next(as_stored.parameters()).dtype
+    theirs_by = {torch.float32: Reference(given.model, device=given.device, model_kwargs={"dtype": torch.float32})}
+    theirs_by |= {stored: as_stored} if stored != torch.float32 else {}
+    dtypes = [torch.float32, *([torch.bfloat16] if given.bfloat16 else [])]
+    theirs_by |= {
+        dtype: Reference(given.model, device=given.device, model_kwargs={"dtype": dtype})
+        for dtype in dtypes
+        if dtype not in theirs_by
+    }
+    for dtype, theirs in theirs_by.items():
+        for batch_size in (32, *(given.batch_sizes if dtype in dtypes else ())):
+            note = " (its default)" if dtype == stored and batch_size == 32 else ""
+            name = f"sentence-transformers {str(dtype)[6:]}, batch {batch_size}{note}"
+            order = np.argsort([-sum(map(len, pair)) for pair in pairs])
+            batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+            padded = sum(len(batch) * int(lengths[batch].max()) for batch in batches)
+            contenders[name] = Contender(_theirs(theirs, batch_size), dtype, padded / total - 1)
+    for dtype in dtypes:
         ours = CrossEncoder(given.model, device=given.device, dtype=dtype)
-        contenders[f"crossenc {dtype}, padded"] = _ours(ours, may_pack=False)
-        for budget in (ours.engine.max_batch_tokens, *given.budgets):
-            contenders[f"crossenc {dtype}, {ours.engine.forward_kind}, budget {budget}"] = _ours(ours, budget)
+        own = ours.engine.max_batch_tokens
+        padded = padded_tokens(lengths, own) / total - 1
+        contenders[f"crossenc {str(dtype)[6:]}, padded"] = Contender(_ours(ours, may_pack=False), dtype, padded)
+        for budget in (own, *given.budgets):
+            share = 0.0 if ours.engine.is_packed else padded_tokens(lengths, budget) / total - 1
+            name = f"crossenc {str(dtype)[6:]}, {ours.engine.forward_kind}, budget {budget}"
+            contenders[name] = Contender(_ours(ours, budget), dtype, share)
+    for file_name in given.onnx:
+        network = CrossEncoder(given.model, backend="onnx", model_kwargs={"file_name": file_name})
+        share = padded_tokens(lengths, network.engine.max_batch_tokens) / total - 1
+        contenders[f"crossenc onnx/{file_name}"] = Contender(_ours(network), torch.float32, share)
     return contenders
 
 
-def _theirs(model: object, batch_size: int) -> Predict:
+def _theirs(model: Any, batch_size: int) -> Predict:
     return lambda pairs: model.predict(pairs, batch_size=batch_size, show_progress_bar=False)
 
 
@@ -98,7 +164,7 @@ def _ours(model: CrossEncoder, budget: int | None = None, may_pack: bool = True)
     def predict(pairs: Pairs) -> NDArray[np.float32]:
         engine = replace(model.engine, may_pack=may_pack)
         engine = engine if budget is None else replace(engine, max_batch_tokens=budget)
-        return engine.score(model._tokenizer.encode([query for query, _ in pairs], [text for _, text in pairs]))
+        return engine.score(model.pair_tokenizer().encode([query for query, _ in pairs], [text for _, text in pairs]))
 
     return predict
 
@@ -119,13 +185,21 @@ def race(contenders: Mapping[str, Predict], pairs: Pairs, num_rounds: int) -> di
     return {name: Timing(seconds[name], cpu_seconds[name], scores[name]) for name in contenders}
 
 
-def show(timings: Mapping[str, Timing], num_tokens: int, title: str) -> None:
+def show(
+    contenders: Mapping[str, Contender],
+    timings: Mapping[str, Timing],
+    queries: list[str],
+    num_operations: float,
+    peaks: Mapping[torch.dtype, float],
+    num_tokens: int,
+    title: str,
+) -> None:
     reference = next(iter(timings.values()))
     slowest, slowest_cpu = statistics.median(reference.seconds), statistics.median(reference.cpu_seconds)
-    columns = ("pairs/s", "tokens/s", "ratio", "seconds", "CPU seconds", "ratio", "max difference", "mean")
-    table = Table("contender", *columns, title=title)
+    columns = ("pairs/s", "tokens/s", "ratio", "seconds", "CPU s", "ratio", "MFU", "padding")
+    table = Table("contender", *columns, "max diff", "mean", "tau", "top 10", title=title)
     for name, timing in timings.items():
-        median = statistics.median(timing.seconds)
+        median, contender = statistics.median(timing.seconds), contenders[name]
         difference = np.abs(timing.scores - reference.scores)
         table.add_row(
             name,
@@ -135,10 +209,23 @@ def show(timings: Mapping[str, Timing], num_tokens: int, title: str) -> None:
             f"{min(timing.seconds):.2f}-{max(timing.seconds):.2f}",
             f"{min(timing.cpu_seconds):.2f}-{max(timing.cpu_seconds):.2f}",
             f"{slowest_cpu / statistics.median(timing.cpu_seconds):.2f}",
+            f"{num_operations / median / peaks[contender.dtype]:.0%}",
+            f"{contender.padded_share:.1%}",
             f"{difference.max():.1e}",
             f"{difference.mean():.1e}",
+            f"{stats.kendalltau(timing.scores, reference.scores).statistic:.4f}",
+            f"{changed_top_tens(queries, timing.scores, reference.scores):.0%}",
         )
-    Console(width=150).print(table)
+    Console(width=220).print(table)
+
+
+def changed_top_tens(queries: list[str], scores: NDArray[np.float32], reference: NDArray[np.float32]) -> float:
+    """The share of queries whose ten best documents are other ones."""
+    rows: dict[str, list[int]] = {}
+    for row, query in enumerate(queries):
+        rows.setdefault(query, []).append(row)
+    best = [[set(np.argsort(-values[r], kind="stable")[:10]) for values in (scores, reference)] for r in rows.values()]
+    return sum(ours != theirs for ours, theirs in best) / len(best)
 
 
 if __name__ == "__main__":
