@@ -26,6 +26,17 @@ def named_activation(name: str) -> nn.Module:
     raise ConfigError(f"activation {name!r} is not one of torch.nn's {', '.join(sorted(known))}")
 
 
+def is_told_by_name(activation: object) -> bool:
+    """Whether `named_activation` gives it back: a known class with no settings of its own."""
+    name = activation_name(activation)
+    if name.rpartition(".")[2] in _OVER_LABELS:
+        return True
+    try:
+        return repr(named_activation(name)) == repr(activation)
+    except ConfigError:
+        return False
+
+
 def activation_name(activation: object) -> str:
     """The full name of an activation's class, or of a function, as it is written into a checkpoint."""
     kind = activation if hasattr(activation, "__qualname__") else type(activation)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -39,7 +40,8 @@ _SCHEDULERS = ("constantlr", "warmupconstant", "warmuplinear", "warmupcosine", "
 class InputExample:
     """A training example: texts and what the model should say of them.
 
-    `texts` is a query and a document, or what the loss asks for; `label` a number, or a list of them.
+    `texts` is a query and a document, or what the loss asks for; `label` a number, a list of them, or None for a loss
+    that takes none.
     """
 
     guid: str = ""
@@ -110,6 +112,12 @@ class FitMixin:
             use_amp=use_amp,
             show_progress_bar=show_progress_bar,
         )
+        if not isinstance(train_dataloader, torch.utils.data.DataLoader) or isinstance(
+            train_dataloader.dataset, torch.utils.data.IterableDataset
+        ):
+            raise ConfigError("fit takes a DataLoader of a dataset with a length, such as a list of InputExample")
+        if loss_fct is not None and not isinstance(loss_fct, nn.Module):
+            raise ConfigError(f"loss_fct is {loss_fct!r}: pass an instance of a loss, such as torch.nn.MSELoss()")
         train_dataloader.collate_fn = list  # examples as they are
         model = cast("CrossEncoder", self)
         activation_fct = activation_fct or nn.Identity()
@@ -175,10 +183,11 @@ def fit(
                     card.add_log(step / num_batches, step, {"Training Loss": statistics.fmean(losses)})
                     losses.clear()
                 if settings.evaluation_steps > 0 and step % settings.evaluation_steps == 0:
-                    keeper.evaluate(epoch, step)
+                    keeper.evaluate(epoch, step, step / num_batches)
             model.eval()
             model.mark_trained()
-            keeper.evaluate(epoch, step)
+            if not (settings.evaluation_steps > 0 and step % settings.evaluation_steps == 0):
+                keeper.evaluate(epoch, step, step / num_batches)
     card.training_seconds = time.monotonic() - started
     if evaluator is None and settings.output_path is not None:
         model.save_pretrained(settings.output_path)
@@ -197,14 +206,17 @@ class _BestKeeper:
         self._model, self._settings, self._evaluator, self._callback = model, settings, evaluator, callback
         self._best = -math.inf
 
-    def evaluate(self, epoch: int, step: int) -> None:
-        """Call the evaluator; keep the model if it is the best."""
+    def evaluate(self, epoch: int, step: int, num_epochs: float) -> None:
+        """Call the evaluator, which counts whole epochs; keep the model if it is the best after `num_epochs`."""
         if self._evaluator is None:
             return
         model, output_path = self._model, self._settings.output_path
         model.eval()
         model.mark_trained()
         result = self._evaluator(model, output_path=output_path, epoch=epoch, steps=step)
+        for row in model.model_card_data.logs:
+            if row.step == step:
+                row.epoch = num_epochs
         value = float(result[self._evaluator.primary_metric] if isinstance(result, Mapping) else result)  # type: ignore[attr-defined]
         if self._callback is not None:
             self._callback(value, epoch, step)
@@ -289,12 +301,13 @@ def _columns(batch: Sequence[InputExample]) -> list[list[Any]]:
 
 
 def _labels(batch: Sequence[InputExample], device: torch.device) -> Any:
-    """The labels as a tensor, or as a list of tensors where they differ in number."""
+    """The labels as a tensor, as a list of tensors where each is a list, or None where there are none."""
     labels = [example.label for example in batch]
-    try:
-        return torch.tensor(labels, device=device)
-    except ValueError:  # lists of different lengths
-        return [torch.tensor(label, device=device) for label in labels]
+    if all(label is None for label in labels):
+        return None
+    if all(isinstance(label, list | tuple | np.ndarray | Tensor) and np.ndim(label) for label in labels):
+        return [torch.as_tensor(label, device=device) for label in labels]
+    return torch.tensor(labels, device=device)
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

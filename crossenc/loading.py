@@ -169,7 +169,8 @@ def load_parts(
     if base is not None:
         with quiet_transformers():
             missing = put_saved_adapter(model, folder, missing)
-    may_lack_head = new_head_allowed and is_classifier and not _claims_head(config)
+    makes_anew = bool((model_settings or {}).get("ignore_mismatched_sizes"))
+    may_lack_head = new_head_allowed and is_classifier and (makes_anew or not _claims_head(config))
     if missing and not (may_lack_head and _is_head(missing, model)):
         raise CheckpointError(
             f"{folder} lacks {', '.join(missing[:5])}: it is not a trained cross-encoder; train its head first"
@@ -195,7 +196,8 @@ def load_parts(
 
 def _is_head(missing: list[str], model: PreTrainedModel) -> bool:
     """Whether every one of the weights `missing` lies outside of the backbone."""
-    return not any(name.startswith(f"{model.base_model_prefix}.") for name in missing)
+    prefix = f"{model.base_model_prefix}."
+    return not any(name.startswith(prefix) and not name.startswith(f"{prefix}pooler.") for name in missing)
 
 
 def _claims_head(config: PretrainedConfig) -> bool:
@@ -269,6 +271,8 @@ def load_model(
 
     Raises CheckpointError where it does not load, or weights have another shape than the configuration says.
     """
+    given = dict(settings or {})
+    makes_anew = bool(given.pop("ignore_mismatched_sizes", False))
     try:
         with quiet_transformers():
             model, info = _LOADERS[task].from_pretrained(
@@ -280,18 +284,18 @@ def load_model(
                 local_files_only=True,
                 ignore_mismatched_sizes=True,  # they are reported in `info`, and refused below
                 output_loading_info=True,
-                **(settings or {}),
+                **given,
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"the model of {folder} does not load: {error}") from error
     mismatched = sorted(name for name, *_ in info["mismatched_keys"])
-    if mismatched or info["error_msgs"]:
+    if (mismatched and not makes_anew) or info["error_msgs"]:
         problem = f"has another shape for {', '.join(mismatched[:5])}" if mismatched else f"says {info['error_msgs']}"
         raise CheckpointError(
             f"{folder} does not fit its configuration: it {problem}; correct num_labels or the configuration"
         )
     unused = _UNUSED_WEIGHTS if task == "feature-extraction" else "\0"
-    missing = sorted(name for name in info["missing_keys"] if not name.startswith(unused))
+    missing = sorted(name for name in {*info["missing_keys"], *mismatched} if not name.startswith(unused))
     _check_finite(model, folder)
     model.eval()
     return model, missing
@@ -302,7 +306,8 @@ def _check_finite(part: nn.Module, folder: str | Path) -> None:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(
                 f"{name} of {folder} has weights that are NaN or infinite in {tensor.dtype}: "
-                "load it in float32 or bfloat16, or use an earlier checkpoint of the training run"
+                f"{'load it in float32 or bfloat16, or ' if tensor.dtype == torch.float16 else ''}"
+                "use an earlier checkpoint of the training run"
             )
 
 

@@ -5,7 +5,8 @@ It joins the parts of a model, their tokenizer and the engine, and knows neither
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -20,12 +21,12 @@ from crossenc.adapters import AdapterMixin, has_adapters
 from crossenc.card import CrossEncoderModelCardData
 from crossenc.chat import ChatTokenizer
 from crossenc.checkpoint import fetch, fetch_base
-from crossenc.deprecation import accepts_old_arguments, warn_deprecated
+from crossenc.deprecation import accepts_old_arguments
 from crossenc.engine import Activation, Engine, default_batch_tokens, default_device
 from crossenc.errors import CheckpointError, ConfigError, InputError
 from crossenc.fitting import FitMixin
 from crossenc.float32_layers import keep_in_float32
-from crossenc.loading import default_activation, num_labels_of, resolve_activation
+from crossenc.loading import default_activation, load_config, num_labels_of, resolve_activation
 from crossenc.merging import merge_models
 from crossenc.modules import Features, Transformer
 from crossenc.old_names import OldNamesMixin
@@ -66,6 +67,7 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
     prompts: dict[str, str]
     model_card_data: CrossEncoderModelCardData
     keep_in_fp32_modules: list[str]
+    _new_head_is_allowed = False
     _source: ModelSource
     _tokenizer: PairTokenizer | ChatTokenizer
     _activation: Activation
@@ -143,7 +145,7 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
                 revision,
                 base=fetch_base(folder, **places),
                 num_labels=stated_labels if num_labels is None else num_labels,
-                dtype=resolve_dtype(stated_dtype if dtype is None else dtype, chosen_device),
+                dtype=_dtype_of(folder, stated_dtype, dtype, chosen_device),
                 config_settings=config_settings,
                 model_settings=model_settings,
                 processor_settings=processor_settings,
@@ -175,11 +177,22 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
     @property
     def engine(self) -> Engine:
         """The Scorer inside, for pairs that are already tokenised. Raises CheckpointError while the head is new."""
-        if self.head_is_new:
+        if self.head_is_new and not self._new_head_is_allowed:
             raise CheckpointError(
                 f"the head of {self._source.name} is new and random, so its scores would mean nothing: train it first"
             )
         return self._engine()
+
+    @contextmanager
+    def new_head_allowed(self) -> Iterator[None]:
+        """Let a random head give scores inside of the block, with a warning: for a measurement before training."""
+        if self.head_is_new:
+            logger.warning("the head of %s is new and random: its scores mean nothing yet", self._source.name)
+        self._new_head_is_allowed = True
+        try:
+            yield
+        finally:
+            self._new_head_is_allowed = False
 
     def _engine(self) -> Engine:
         limit = self._max_batch_tokens
@@ -224,6 +237,13 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast:
         return self._tokenizer.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Put another fast tokenizer in its place; the limit of tokens stays."""
+        max_length = self.max_length
+        self._source = replace(self._source, tokenizer=tokenizer)
+        self.max_length = max_length
 
     @property
     def config(self) -> PretrainedConfig:
@@ -384,11 +404,11 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
 
     # --- scores
 
-    @accepts_old_arguments(_OLD_PREDICT_NAMES)
+    @accepts_old_arguments(_OLD_PREDICT_NAMES, batch_size_at=2)
     def predict(  # noqa: PLR0913
         self,
         inputs: str | Pair | Iterable[Pair] | NDArray[Any],
-        prompt_name: str | int | None = None,
+        prompt_name: str | None = None,
         prompt: str | None = None,
         batch_size: int | None = None,
         show_progress_bar: bool | None = None,
@@ -413,8 +433,6 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
         {"text": {"max_length": tokens, "truncation": "longest_first", "only_first" or "only_second"}}.
         Raises InputError naming the first input that is not a pair of texts, CheckpointError while the head is new.
         """
-        if isinstance(prompt_name, int):  # the place of batch_size up to version 5.3 of sentence-transformers
-            batch_size, prompt_name = _old_batch_size(prompt_name), None
         settings = ScoreSettings(
             self._prompt(prompt, prompt_name),
             activation_fn,
@@ -439,7 +457,7 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
         tensors = list(scores.to(self.device))
         return tensors[0] if is_single else tensors
 
-    @accepts_old_arguments(_OLD_RANK_NAMES)
+    @accepts_old_arguments(_OLD_RANK_NAMES, batch_size_at=5)
     def rank(  # noqa: PLR0913
         self,
         query: str,
@@ -505,7 +523,7 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
             )
         if top_k is not None and top_k < 0:
             raise InputError(f"top_k is {top_k}: give the number of documents to keep, or None to keep all")
-        asked, lists = list(queries), [list(texts) for texts in documents]
+        asked, lists = list(queries), [_several(texts) for texts in documents]
         if len(asked) != len(lists):
             raise InputError(f"there are {len(asked)} queries and {len(lists)} lists of documents: give one a query")
         scores = score_pairs(
@@ -579,15 +597,16 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
         return evaluator(self, output_path)
 
 
+def _several(documents: Iterable[str]) -> list[str]:
+    if isinstance(documents, str):
+        raise InputError(f"the documents of a query are the text {documents[:40]!r}: give a list of texts")
+    return list(documents)
+
+
 def _named_prompt(prompts: Mapping[str, str], name: str) -> str:
     if name not in prompts:
         raise ConfigError(f"there is no prompt {name!r}: the model has {', '.join(sorted(prompts)) or 'none'}")
     return prompts[name]
-
-
-def _old_batch_size(value: int) -> int:
-    warn_deprecated("The second positional argument of predict is prompt_name: write batch_size=", 5)
-    return value
 
 
 def _check_supported(trust_remote_code: bool, backend: str) -> None:
@@ -595,6 +614,15 @@ def _check_supported(trust_remote_code: bool, backend: str) -> None:
         raise ConfigError("trust_remote_code is not supported: code that comes with a checkpoint is never run")
     if backend not in ("torch", "onnx"):
         raise ConfigError(f"backend is {backend!r}: choose torch or onnx")
+
+
+def _dtype_of(
+    folder: Path, stated: str | torch.dtype | None, dtype: str | torch.dtype | None, device: torch.device
+) -> torch.dtype:
+    """The dtype to compute in: the one given, or else that of `model_kwargs`, whose "auto" is the checkpoint's own."""
+    if dtype is None and stated == "auto":
+        dtype = getattr(load_config(folder), "dtype", None)
+    return resolve_dtype(stated if dtype is None else dtype, device)
 
 
 def _home(backend: str) -> torch.device:

@@ -20,10 +20,13 @@ def is_one_pair(inputs: object) -> bool:
 
 def split_pairs(inputs: Pair | Iterable[Pair] | NDArray[Any]) -> tuple[list[str], list[str], bool]:
     """Queries, documents, and whether `inputs` is one bare pair. Raises InputError naming the first that is none."""
-    if isinstance(inputs, str | Mapping):
-        raise InputError("give a (query, document) pair or several of them, not a single text or mapping")
+    if isinstance(inputs, str | Mapping) or hasattr(inputs, "columns"):
+        raise InputError(
+            f"give a (query, document) pair or several of them, not a {type(inputs).__name__}: of a table pass the"
+            " rows, such as frame[['query', 'document']].values"
+        )
     items = list(inputs)
-    is_single = is_one_pair(items)
+    is_single = is_one_pair(inputs)
     pairs = [items] if is_single else items
     for position, pair in enumerate(pairs):
         if not isinstance(pair, tuple | list | np.ndarray) or len(pair) != 2:

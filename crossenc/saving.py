@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from huggingface_hub import HfApi
 
-from crossenc.activations import activation_name
+from crossenc.activations import activation_name, is_told_by_name
 from crossenc.adapters import has_adapters, save_adapter
 from crossenc.card import ModelFacts, write_card
 from crossenc.checkpoint import ADAPTER_FILE
-from crossenc.deprecation import accepts_old_arguments
+from crossenc.deprecation import accepts_old_arguments, warn_deprecated
 from crossenc.errors import ConfigError
 from crossenc.loading import MODULES_FILE, OWN_SETTINGS_FILE, TRANSFORMER_FILE, quiet_transformers
 from crossenc.modules import Part, Transformer
@@ -44,22 +44,26 @@ _LAYOUT_VERSION = "6.2.0"
 class SaveMixin:
     """Gives CrossEncoder its `save_pretrained` and `push_to_hub`."""
 
-    @accepts_old_arguments({"safe_serialization": None})
     def save_pretrained(
         self,
         path: str | Path,
         model_name: str | None = None,
         create_model_card: bool = True,
         train_datasets: Sequence[str] | None = None,
+        safe_serialization: bool = True,
     ) -> None:
         """Write a checkpoint folder that this library, sentence-transformers 4 to 6 and transformers load.
 
         Of a model with an adapter the adapter in use is written, without the base model, which its file names.
         With `create_model_card` a README.md is among it: the one that the checkpoint came with, unless the model was
-        trained here. `model_name` and `train_datasets` (hub ids) are for the card.
+        trained here. `model_name` and `train_datasets` (hub ids) are for the card. Weights are always written as
+        safetensors, whatever `safe_serialization` is. An activation that cannot be told by its name is not kept, with
+        a warning.
 
         Raises CheckpointError while the head is new and random.
         """
+        if not safe_serialization:
+            warn_deprecated("The save_pretrained `safe_serialization` argument is deprecated: it has no effect")
         model = cast("CrossEncoder", self)
         model.engine  # noqa: B018 - raises while the head is new
         card = model.model_card_data
@@ -68,9 +72,9 @@ class SaveMixin:
             card.train_datasets = [{"id": name, "name": name} for name in train_datasets]
         save_checkpoint(model, Path(path), create_model_card)
 
-    def save(self, path: str | Path, **settings: Any) -> None:
+    def save(self, path: str | Path, *arguments: Any, **settings: Any) -> None:
         """The same as `save_pretrained`."""
-        self.save_pretrained(path, **settings)
+        self.save_pretrained(path, *arguments, **settings)
 
     def push_to_hub(  # noqa: PLR0913 - the order that users of this method's namesake may rely on
         self,
@@ -167,8 +171,17 @@ def save_checkpoint(model: "CrossEncoder", folder: Path, create_model_card: bool
     What a kill leaves is never a folder that looks complete but is not. Files of an earlier checkpoint there are
     replaced; other files stay.
     """
-    unfinished = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.unfinished")
+    folder = folder.resolve()
+    name = f".{uuid.uuid4().hex[:8]}.unfinished"
+    # Files are moved, so they are made on the same disk: a folder that is there may be a mount.
+    unfinished = folder / name if folder.exists() else folder.with_name(folder.name + name)
     unfinished.mkdir(parents=True)
+    if not is_told_by_name(model.activation_fn):
+        logger.warning(
+            "the activation %s cannot be loaded again by its name alone: pass activation_fn when you load %s",
+            model.activation_fn,
+            folder.name,
+        )
     try:
         _write_parts(model, unfinished)
         _write_settings(model, unfinished)

@@ -8,6 +8,7 @@ import csv
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -116,11 +117,13 @@ def predict(
     if not len(pairs):
         raise InputError("there is nothing to evaluate: give at least one pair")
     options = {} if prompt_name is None else {"prompt_name": prompt_name}
-    scores: NDArray[np.floating[Any]] = np.asarray(
-        model.predict(
-            pairs, batch_size=batch_size, convert_to_numpy=True, show_progress_bar=show_progress_bar, **options
+    # Before training a new head is measured as well: what comes out then is the figure to beat.
+    with getattr(model, "new_head_allowed", nullcontext)():
+        scores: NDArray[np.floating[Any]] = np.asarray(
+            model.predict(
+                pairs, batch_size=batch_size, convert_to_numpy=True, show_progress_bar=show_progress_bar, **options
+            )
         )
-    )
     broken = ~np.isfinite(scores).reshape(len(pairs), -1).all(axis=1)
     if broken.any():
         raise ScoreError(

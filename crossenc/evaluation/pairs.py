@@ -100,6 +100,12 @@ class CrossEncoderClassificationEvaluator(_PairEvaluator):
         log_start(self, self.name, epoch, steps)
         scores = self._predict(model)
         if scores.ndim == 1:
+            odd = ~np.isin(self.labels, (0, 1))
+            if odd.any():
+                raise InputError(
+                    f"label {int(odd.argmax())} is {self.labels[odd][0]}, but the model tells one class from the rest:"
+                    " give 0 or 1, or a model with a label for each class"
+                )
             accuracy, f1 = binary.best_accuracy(scores, self.labels), binary.best_f1(scores, self.labels)
             metrics = {
                 "accuracy": accuracy.accuracy,

@@ -10,8 +10,9 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModel
 
-from crossenc import CrossEncoder, InputExample
+from crossenc import CrossEncoder, InputExample, losses
 from crossenc.errors import CheckpointError, ConfigError, InputError, ScoreError
+from crossenc.evaluation import CrossEncoderClassificationEvaluator
 from crossenc.loading import quiet_transformers
 from crossenc.testing import WORDS, tiny_checkpoint
 
@@ -146,3 +147,79 @@ def test_a_new_head_gives_no_scores_until_it_is_trained(folder: Path, tmp_path: 
     assert not (tmp_path / "never").exists()
     model.fit(loader(examples(16)), **QUICK)
     assert np.isfinite(model.predict([("a", "b")])).all()
+
+
+LISTS = [
+    InputExample(texts=["the water", ["the river", "the stone", "paper"]], label=[1.0, 0.0, 2.0]),
+    InputExample(texts=["the bread", ["music", "the city", "winter"]], label=[0.0, 1.0, 0.0]),
+]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("LambdaLoss", "RankNetLoss", "ListNetLoss", "PListMLELoss", "ListMLELoss", "ADRMSELoss"),
+        *("KLDistillationLoss", "LocalizedContrastiveLoss"),
+    ],
+)
+@pytest.mark.parametrize("last", [3, 2])
+def test_every_loss_of_lists_trains_on_lists_of_equal_and_of_different_lengths(
+    name: str, last: int, folder: Path
+) -> None:
+    model = CrossEncoder(folder, device="cpu")
+    data = [LISTS[0], InputExample(texts=["the bread", LISTS[1].texts[1][:last]], label=LISTS[1].label[:last])]
+    before = model.model.classifier.weight.detach().clone()
+    model.fit(loader(data, 2), loss_fct=getattr(losses, name)(model), **QUICK)
+    assert not torch.equal(model.model.classifier.weight, before)
+
+
+@pytest.mark.parametrize("name", ["MultipleNegativesRankingLoss", "LocalizedContrastiveLoss"])
+def test_losses_without_labels_train_on_examples_without_one(name: str, folder: Path) -> None:
+    model = CrossEncoder(folder, device="cpu")
+    data = [InputExample(texts=["the water", "the river", word], label=None) for word in WORDS[:4]]
+    model.fit(loader(data, 2), loss_fct=getattr(losses, name)(model), **QUICK)
+
+
+def test_rows_of_the_cards_log_stand_at_the_share_of_the_epoch_and_no_step_is_evaluated_twice(folder: Path) -> None:
+    model, data, told = CrossEncoder(folder, device="cpu"), examples(48), []
+    model.fit(
+        loader(data, 16),
+        CrossEncoderClassificationEvaluator([e.texts for e in data], [int(e.label) for e in data], write_csv=False),
+        epochs=2,
+        evaluation_steps=2,
+        callback=lambda value, epoch, step: told.append(step),
+        **QUICK,
+    )
+    assert told == [2, 3, 4, 6]
+    assert {row.step: round(row.epoch, 4) for row in model.model_card_data.logs} == {
+        2: 0.6667,
+        3: 1.0,
+        4: 1.3333,
+        6: 2.0,
+    }
+
+
+def test_an_evaluator_measures_a_new_head_before_training_with_a_warning(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = CrossEncoder(backbone(folder), device="cpu")
+    evaluator = CrossEncoderClassificationEvaluator([["a", "b"], ["c", "d"]], [0, 1], write_csv=False)
+    with caplog.at_level("WARNING", "crossenc"):
+        assert 0 <= evaluator(model)["average_precision"] <= 1
+    assert "is new and random: its scores mean nothing yet" in caplog.text
+    with pytest.raises(CheckpointError, match="train it first"):
+        model.predict([("a", "b")])
+
+
+def test_what_is_no_loader_or_no_loss_is_refused_by_name(folder: Path) -> None:
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(examples(4))
+
+    model = CrossEncoder(folder, device="cpu")
+    for batches in ([examples(4)], DataLoader(Stream(), batch_size=2)):
+        with pytest.raises(ConfigError, match="fit takes a DataLoader of a dataset with a length"):
+            model.fit(batches, **QUICK)
+    for loss in (torch.nn.MSELoss, lambda scores, labels: scores.sum()):
+        with pytest.raises(ConfigError, match="pass an instance of a loss"):
+            model.fit(loader(examples(4)), loss_fct=loss, **QUICK)

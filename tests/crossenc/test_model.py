@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 from crossenc import CrossEncoder
 from crossenc.errors import CheckpointError, ConfigError, InputError, ScoreError
@@ -153,7 +154,7 @@ def test_training_mode_is_restored(model: CrossEncoder) -> None:
         ([("a", "b"), "ab"], "input 1 is not a"),
         (["a", "b", "c"], "input 0 is not a"),
         (("a",), "input 0 is not a"),
-        ({"query": "a"}, "mapping"),
+        ({"query": "a"}, "not a dict"),
         ([("a", "\udc80")], "document 0 has a lone surrogate"),
     ],
 )
@@ -452,3 +453,74 @@ def test_one_pair_or_text_is_told_from_several(model: CrossEncoder) -> None:
     several = [[("a", "b")], [["a", "b"], ["c", "d"]], np.array([["a", "b"]]), np.array([], dtype=str), []]
     assert [model.is_singular_input(inputs) for inputs in single] == [True] * 4
     assert [model.is_singular_input(inputs) for inputs in several] == [False] * 5
+
+
+# what users of other libraries and older versions pass
+
+
+def test_positional_arguments_of_older_versions_mean_what_they_meant(model: CrossEncoder, folder: Path) -> None:
+    expected, raw = model.predict(PAIRS), model.predict(PAIRS, activation_fn=torch.nn.Identity())
+    identity = torch.nn.Identity()
+    for arguments, wanted in (
+        ((64,), expected),
+        ((np.int64(8), False), expected),
+        ((32, False, 0, identity, False, True, False), raw),  # version 3
+        ((32, False, identity, False, True, False), raw),  # versions 4 to 5.3
+    ):
+        with pytest.warns(DeprecationWarning, match="write batch_size="):
+            np.testing.assert_allclose(model.predict(PAIRS, *arguments), wanted, atol=1e-6)
+    with pytest.warns(DeprecationWarning, match="write batch_size="):
+        assert [r["corpus_id"] for r in model.rank("what", DOCUMENTS, None, False, 32)] == [
+            r["corpus_id"] for r in model.rank("what", DOCUMENTS)
+        ]
+    with pytest.raises(TypeError, match="takes no more than 4 more by place"):
+        CrossEncoder(folder, 1, 64, None, "cpu", "surplus")
+
+
+def test_warnings_point_at_the_line_of_the_caller(model: CrossEncoder) -> None:
+    with pytest.warns(DeprecationWarning) as caught:
+        model.predict(sentences=PAIRS)
+        model.predict(PAIRS, 32)
+        model.default_activation_function
+    assert {warning.filename for warning in caught} == {__file__}
+
+
+def test_tables_and_lone_texts_are_not_taken_for_pairs_or_documents(model: CrossEncoder) -> None:
+    frame = pd.DataFrame(PAIRS, columns=["query", "document"])
+    with pytest.raises(InputError, match="not a DataFrame: of a table pass the rows"):
+        model.predict(frame)
+    np.testing.assert_allclose(model.predict(frame.values), model.predict(PAIRS), atol=1e-6)
+    with pytest.raises(InputError, match="the documents of a query are the text 'water'"):
+        model.rank("what", "water")
+    with pytest.raises(InputError, match="give a list of texts"):
+        model.rank_many(["a", "b"], ["doc one", "doc two"])
+
+
+def test_a_head_of_other_labels_is_made_anew_when_asked_for(folder: Path) -> None:
+    model = CrossEncoder(folder, device="cpu", num_labels=3, model_kwargs={"ignore_mismatched_sizes": True})
+    assert (model.num_labels, model.head_is_new) == (3, True)
+    assert torch.equal(
+        model.model.base_model.embeddings.word_embeddings.weight,
+        CrossEncoder(folder, device="cpu").model.base_model.embeddings.word_embeddings.weight,
+    )
+
+
+def test_a_backbone_without_its_pooler_can_be_trained(folder: Path, tmp_path: Path) -> None:
+    AutoModelForMaskedLM.from_pretrained(folder).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    assert CrossEncoder(tmp_path, device="cpu", num_labels=1).head_is_new
+
+
+def test_auto_among_the_models_settings_is_the_dtype_that_is_stored(folder: Path, tmp_path: Path) -> None:
+    CrossEncoder(folder, device="cpu", dtype="float16").save_pretrained(tmp_path)
+    assert CrossEncoder(tmp_path, device="cpu").dtype == torch.float32
+    assert CrossEncoder(tmp_path, device="cpu", model_kwargs={"torch_dtype": "auto"}).dtype == torch.float16
+
+
+def test_another_tokenizer_can_be_put_in_place(folder: Path, tmp_path: Path) -> None:
+    model = CrossEncoder(folder, device="cpu", max_length=40)
+    expected = model.predict(PAIRS)
+    other = AutoTokenizer.from_pretrained(tiny_checkpoint(tmp_path, vocabulary=["river", "stone", "the"]))
+    model.tokenizer = other
+    assert model.tokenizer is other and model.max_length == 40
+    assert abs(model.predict(PAIRS) - expected).max() > 1e-4

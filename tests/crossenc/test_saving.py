@@ -2,6 +2,8 @@
 
 import inspect
 import json
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -209,3 +211,41 @@ def test_the_old_name_of_pushing_works_and_warns(model: CrossEncoder, hub: type[
     assert CALLS["create"][0] == "me/reranker"
     with pytest.warns(DeprecationWarning), pytest.raises(ConfigError, match="not of the organization you"):
         model.save_to_hub("me/reranker", organization="you")
+
+
+def test_saving_works_over_a_link_to_another_disk_and_in_the_current_folder(
+    model: CrossEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = model.predict(PAIRS)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        link = tmp_path / "link"
+        link.symlink_to(elsewhere)
+        for _ in range(2):
+            model.save_pretrained(link)
+        np.testing.assert_allclose(CrossEncoder(link, device="cpu").predict(PAIRS), expected, atol=1e-6)
+        assert not [name for name in os.listdir(elsewhere) if name.endswith(".unfinished")]
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained(".")
+    np.testing.assert_allclose(CrossEncoder(tmp_path, device="cpu").predict(PAIRS), expected, atol=1e-6)
+
+
+def test_arguments_by_place_are_those_of_sentence_transformers(model: CrossEncoder, tmp_path: Path) -> None:
+    model.save(tmp_path / "one", "a name", False)
+    assert not (tmp_path / "one" / "README.md").exists()
+    with pytest.warns(DeprecationWarning, match="safe_serialization"):
+        model.save_pretrained(tmp_path / "two", None, True, None, False)
+    assert (tmp_path / "two" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("activation", [torch.nn.LeakyReLU(0.5), torch.tanh, lambda scores: scores * 2])
+def test_an_activation_that_its_name_does_not_tell_is_saved_with_a_warning(
+    activation: Any, model: CrossEncoder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model.activation_fn = activation
+    with caplog.at_level("WARNING", "crossenc"):
+        model.save_pretrained(tmp_path / "saved")
+    assert "cannot be loaded again by its name alone: pass activation_fn" in caplog.text
+    caplog.clear()
+    model.activation_fn = torch.nn.LeakyReLU()
+    model.save_pretrained(tmp_path / "saved")
+    assert not caplog.text

@@ -222,3 +222,13 @@ def test_the_old_name_of_the_reranking_evaluator_works_and_warns():
 def test_an_old_threshold_is_said_to_have_no_effect():
     with pytest.warns(DeprecationWarning, match="threshold has no effect"):
         evaluation.CEBinaryAccuracyEvaluator(PAIRS, [1, 0, 1, 0], threshold=0.7)
+
+
+@pytest.mark.parametrize("labels", [[2, 0, 1, 0], [0.7, 0, 1, 0]])
+def test_labels_that_are_neither_0_nor_1_are_refused_for_a_model_of_one_class(labels):
+    class Model:
+        def predict(self, pairs, **settings):
+            return np.linspace(0, 1, len(pairs), dtype=np.float32)
+
+    with pytest.raises(InputError, match=r"label 0 is .* give 0 or 1"):
+        CrossEncoderClassificationEvaluator([["a", "b"]] * 4, labels, write_csv=False)(Model())
