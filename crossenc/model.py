@@ -35,7 +35,7 @@ from crossenc.pairs import Pair, is_one_pair, split_pairs
 from crossenc.pool import Pool, default_devices
 from crossenc.precision import resolve_dtype
 from crossenc.saving import SaveMixin
-from crossenc.scoring import ScoreSettings, check_activation, ranked, score_pairs, score_text
+from crossenc.scoring import ScoreSettings, check_activation, ranked, score_inputs, score_pairs, score_text
 from crossenc.source import ModelSource, source_of_folder, source_of_modules, split_dtype
 from crossenc.tokenizer import PairTokenizer, position_limit, wrap_tokenizer
 
@@ -262,6 +262,10 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
         """The same as `tokenizer`."""
         return self.tokenizer
 
+    @processor.setter
+    def processor(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer = tokenizer
+
     @property
     def max_length(self) -> int:
         """Tokens that a pair may have; set beyond the model's positions it is what they hold, with a warning."""
@@ -422,7 +426,7 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
         *,
         processing_kwargs: Mapping[str, Any] | None = None,
     ) -> Scores:
-        """Score (query, document) pairs, in the order given; or one text alone.
+        """Score (query, document) pairs, in the order given; or a text alone, or some among pairs.
 
         Returns float32 [n], or [n, L] for L > 1 labels; without the first dimension for a single pair. It is
         a numpy array, or a tensor on the model's device with `convert_to_tensor`, or a list of n tensors when
@@ -444,8 +448,7 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
         if isinstance(inputs, str):
             scores = torch.from_numpy(score_text(self, inputs, settings))
         else:
-            queries, documents, _ = split_pairs(inputs)
-            scores = torch.from_numpy(score_pairs(self, queries, documents, settings, device, pool, chunk_size))
+            scores = torch.from_numpy(score_inputs(self, inputs, settings, device, pool, chunk_size))
         if apply_softmax and scores.ndim > 1:
             scores = torch.softmax(scores, dim=1)
         if convert_to_tensor:

@@ -26,6 +26,13 @@ class OldNamesMixin:
     def max_seq_length(self, value: int) -> None:
         _model(self).max_length = value
 
+    def get_model_kwargs(self) -> list[str]:
+        """Further keywords that the parts of the model take when they are called: none."""
+        return []
+
+    def clear_placement_cache(self) -> None:
+        """Nothing is remembered of where a model lies: it is looked up each time."""
+
     def get_max_seq_length(self) -> int:
         """The same as `max_length`."""
         return _model(self).max_length

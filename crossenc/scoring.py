@@ -3,7 +3,7 @@
 Shape letters: P pairs, L labels.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from crossenc.engine import Activation
 from crossenc.errors import ConfigError
-from crossenc.pairs import Pair
+from crossenc.pairs import Pair, split_texts
 from crossenc.pool import Pool
 from crossenc.ranking import order
 from crossenc.records import TokenizedPairs
@@ -38,6 +38,24 @@ class ScoreSettings:
     batch_size: int | None
     shows_progress: bool
     processing_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+def score_inputs(
+    model: "CrossEncoder",
+    inputs: Iterable[Any],
+    settings: ScoreSettings,
+    device: str | torch.device | list[str] | None,
+    pool: Pool | None,
+    chunk_size: int | None,
+) -> NDArray[np.float32]:
+    """The scores [P] or [P, L] of pairs, among which there may be texts that stand alone."""
+    pairs, places, texts, places_of_texts = split_texts(inputs)
+    queries, documents = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    scores = score_pairs(model, queries, documents, settings, device, pool, chunk_size)
+    if not texts:
+        return scores
+    alone = [score_text(model, text, settings) for text in texts]
+    return np.concatenate([scores, *alone])[np.argsort([*places, *places_of_texts])]
 
 
 def score_pairs(

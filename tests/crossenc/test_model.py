@@ -151,7 +151,6 @@ def test_training_mode_is_restored(model: CrossEncoder) -> None:
         ([("a", "b"), (3, "b")], "query 1 is a int"),
         ([("a", "b"), None], "input 1 is not a"),
         ([("a", "b"), ("a", "b", "c")], "input 1 is not a"),
-        ([("a", "b"), "ab"], "input 1 is not a"),
         (["a", "b", "c"], "input 0 is not a"),
         (("a",), "input 0 is not a"),
         ({"query": "a"}, "not a dict"),
@@ -517,10 +516,19 @@ def test_auto_among_the_models_settings_is_the_dtype_that_is_stored(folder: Path
     assert CrossEncoder(tmp_path, device="cpu", model_kwargs={"torch_dtype": "auto"}).dtype == torch.float16
 
 
+def test_texts_alone_may_stand_among_pairs(model: CrossEncoder) -> None:
+    scores = model.predict([PAIRS[0], "the river", PAIRS[1], "stone"])
+    expected = [model.predict(one) for one in (PAIRS[0], "the river", PAIRS[1], "stone")]
+    np.testing.assert_allclose(scores, expected, atol=1e-6)
+    for inputs in (["a", "b", "c"], ["a"], [("a", "b"), None], [("a", "b", "c")]):
+        with pytest.raises(InputError, match="is not a"):
+            model.predict(inputs)
+
+
 def test_another_tokenizer_can_be_put_in_place(folder: Path, tmp_path: Path) -> None:
     model = CrossEncoder(folder, device="cpu", max_length=40)
     expected = model.predict(PAIRS)
     other = AutoTokenizer.from_pretrained(tiny_checkpoint(tmp_path, vocabulary=["river", "stone", "the"]))
-    model.tokenizer = other
+    model.processor = other
     assert model.tokenizer is other and model.max_length == 40
     assert abs(model.predict(PAIRS) - expected).max() > 1e-4

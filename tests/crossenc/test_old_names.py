@@ -46,6 +46,8 @@ def test_the_limit_has_three_names(model: CrossEncoder) -> None:
 
 
 def test_only_text_is_supported(model: CrossEncoder) -> None:
+    assert model.get_model_kwargs() == []
+    model.clear_placement_cache()
     assert model.modalities == ["text"]
     assert (model.supports("text"), model.supports("image")) == (True, False)
 
