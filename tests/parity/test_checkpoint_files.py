@@ -16,7 +16,7 @@ from crossenc.checkpoint import check_folder, file_digests
 from crossenc.errors import CheckpointError
 from tests.parity.test_checkpoint_layouts import (
     PAIRS,
-    TOLERANCE,
+    assert_close,
     causal_modular,
     edit_json,
     head,
@@ -75,8 +75,8 @@ def test_sharded_weights_give_the_scores_of_whole_ones(original: Path, checkpoin
     expected = scores_of(original)
     split(checkpoint)
     assert INDEX in file_digests(checkpoint)
-    np.testing.assert_array_equal(scores_of(checkpoint), expected)
-    np.testing.assert_allclose(reference(checkpoint).predict(PAIRS), expected, rtol=TOLERANCE, atol=TOLERANCE)
+    assert_close(scores_of(checkpoint), expected)
+    assert_close(reference(checkpoint).predict(PAIRS), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
@@ -88,9 +88,7 @@ def test_weights_stored_in_half_precision_are_computed_in_float32_unless_asked(
     edit_json(checkpoint / "config.json", dtype=str(dtype).removeprefix("torch."))
     model = CrossEncoder(checkpoint, device="cpu")
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
-    np.testing.assert_allclose(
-        model.predict(PAIRS), reference(checkpoint).predict(PAIRS), rtol=TOLERANCE, atol=TOLERANCE
-    )
+    assert_close(model.predict(PAIRS), reference(checkpoint).predict(PAIRS))
     low = CrossEncoder(checkpoint, device="cpu", dtype=dtype)
     assert {weight.dtype for weight in low.parameters()} == {dtype}
     assert low.predict(PAIRS).dtype == np.float32
