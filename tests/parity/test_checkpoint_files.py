@@ -21,6 +21,7 @@ from tests.parity.test_checkpoint_layouts import (
     edit_json,
     head,
     modular_classifier,
+    padded,  # noqa: F401 - a fixture for all tests here
     reference,
     three_labels,
     version_3,
