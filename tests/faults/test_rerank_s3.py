@@ -67,6 +67,7 @@ def proxy(moto, job) -> Iterator[FaultProxy]:
         yield proxy
 
 
+@pytest.mark.faults
 def test_a_run_that_an_outage_ends_and_then_a_kill_still_does_everything_once(job, collection, proxy, on_disk):
     path = job.write(collection, "pairs")
     job.env["AWS_SECRET_ACCESS_KEY"] = "canary/Secret+Value0"
