@@ -131,7 +131,9 @@ def _attention(
     scale = query.shape[-1] ** -0.5 if settings.get("scaling") is None else settings["scaling"]
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
     window = None if reach is None else reach - 1
-    return attend(q, k, v, scale, call.sequences, window, first_only=module is call.last).unsqueeze(0), None
+    dropout = settings.get("dropout") or 0.0
+    states = attend(q, k, v, scale, call.sequences, window, dropout=dropout, first_only=module is call.last)
+    return states.unsqueeze(0), None
 
 
 def attend(
@@ -142,23 +144,32 @@ def attend(
     sequences: Sequences,
     window: int | None = None,
     *,
+    dropout: float = 0.0,
     first_only: bool = False,
 ) -> Tensor:
     """Attention within each sequence: query, key and value [T, H, E] to states [T, H, E].
 
-    With a `window`, a token sees those at most so many tokens away. With `first_only` the states of all but first
-    tokens are zeros, and cost nothing.
+    With a `window`, a token sees those at most so many tokens away. `dropout` is the share of weights that training
+    leaves out. With `first_only` the states of all but first tokens are zeros, and cost nothing.
     """
     asked = query[sequences.first_tokens] if first_only else query
-    # The kernel would place a lone query at the end of its window.
-    by_kernel = _takes_varlen(query) and not (first_only and window is not None)
-    attention = _varlen if by_kernel else _by_length
-    states = attention(asked, key, value, scale, sequences, window)
+    # The kernel would place a lone query at the end of its window, and leaves no weights out.
+    by_kernel = _takes_varlen(query) and not (first_only and window is not None) and not dropout
+    if by_kernel:
+        states = _varlen(asked, key, value, scale, sequences, window)
+    else:
+        states = _by_length(asked, key, value, scale, sequences, window, dropout)
     return torch.zeros_like(query).index_copy(0, sequences.first_tokens, states) if first_only else states
 
 
-def _by_length(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, sequences: Sequences, window: int | None
+def _by_length(  # noqa: PLR0913
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    sequences: Sequences,
+    window: int | None,
+    dropout: float,
 ) -> Tensor:
     """Neighbours of equal length at once; a query of all tokens [T, H, E], or of first ones [B, H, E]."""
     by_product = query.device.type == "cpu" and is_narrow(query.dtype) and is_fast_in_bfloat16(query.device)
@@ -174,19 +185,19 @@ def _by_length(
         )
         if window is not None and length > window + 1:
             mask = sequences.window_mask(length, window)[:num_queries]
-            states = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+            states = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
         elif by_product and length <= MAX_PRODUCT_TOKENS:
-            states = _products(q, k, v, scale)
+            states = _products(q, k, v, scale, dropout)
         else:
-            states = functional.scaled_dot_product_attention(q, k, v, scale=scale)
+            states = functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
         parts.append(states.transpose(1, 2).reshape(asked.shape))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _products(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def _products(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float) -> Tensor:
     """Queries [N, H, W or 1, E] to states; faster than the fused kernel where the matrix products are."""
     q, k, v = (states.flatten(0, 1) for states in (query, key, value))
-    weights = torch.bmm(q * scale, k.transpose(1, 2)).softmax(dim=-1)
+    weights = functional.dropout(torch.bmm(q * scale, k.transpose(1, 2)).softmax(dim=-1), dropout)
     return torch.bmm(weights, v).view(query.shape)
 
 

@@ -34,6 +34,7 @@ from crossenc.onnx.backend import OnnxSettings, load_network
 from crossenc.pairs import Pair, is_one_pair, split_pairs
 from crossenc.pool import Pool, default_devices
 from crossenc.precision import resolve_dtype
+from crossenc.records import TokenizedPairs
 from crossenc.saving import SaveMixin
 from crossenc.scoring import ScoreSettings, check_activation, ranked, score_inputs, score_pairs, score_text
 from crossenc.source import ModelSource, source_of_folder, source_of_modules, split_dtype
@@ -393,7 +394,11 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
         """
         queries, documents, _ = split_pairs(inputs)
         pairs = self._tokenizer.encode(queries, documents, self._prompt(prompt, None))
-        return self._engine().batch_inputs(pairs, np.arange(len(pairs)))
+        return self.batch_inputs(pairs, np.arange(len(pairs)))
+
+    def batch_inputs(self, pairs: TokenizedPairs, batch: NDArray[np.int64]) -> Features:
+        """The tokenised pairs at `batch` as model inputs: a dict of int64 tensors [B, W] on the model's device."""
+        return self._engine().batch_inputs(pairs, batch)
 
     def is_singular_input(self, inputs: object) -> bool:
         """Whether `predict` takes `inputs` for one pair or text, and gives one score, rather than several."""

@@ -41,7 +41,8 @@ class PackedForward:
         parts = _parts_of(network)
         assert parts is not None
         self._model: PreTrainedModel = parts[0].model
-        self._view = scoring_view(network, is_packed=True)
+        #: The network as it is called: its parameters are the network's own.
+        self.view = scoring_view(network, is_packed=True)
         self._last = _last_attention(self._model)
         self._device = device
 
@@ -49,7 +50,7 @@ class PackedForward:
         """Logits [B, L] of the pairs at `batch`, on the device."""
         features, sequences = pack(pairs, batch, self._model.config, self._device)
         with packed_attention(self._model, sequences, self._last):
-            logits: Tensor = self._view(features)["scores"]
+            logits: Tensor = self.view(features)["scores"]
         return logits
 
 
