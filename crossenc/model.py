@@ -184,6 +184,11 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
             )
         return self._engine()
 
+    @property
+    def training_engine(self) -> Engine:
+        """The same for a model in training, whose head may be new."""
+        return self._engine()
+
     @contextmanager
     def new_head_allowed(self) -> Iterator[None]:
         """Let a random head give scores inside of the block, with a warning: for a measurement before training."""

@@ -65,6 +65,20 @@ class Checkpoint:
 _RECORD = TypeAdapter(Checkpoint)
 
 
+def before_the_first_step(fingerprint: str) -> Checkpoint:
+    """The state that a run begins with; it is not stored."""
+    return Checkpoint(
+        fingerprint=fingerprint,
+        step=0,
+        loss_sum=0.0,
+        num_loss_steps=0,
+        loss_scale=None,
+        value=None,
+        seconds=0.0,
+        logs=(),
+    )
+
+
 def store(
     output: Location, checkpoint: Checkpoint, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]
 ) -> Checkpoint:

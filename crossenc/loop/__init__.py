@@ -5,4 +5,5 @@ order      which lists make which batch: a function of seed and epoch
 network    the forward pass in training, packed where it is exact
 optimizer  parameter groups, the learning rate's course, state without pickle
 learner    one step of the optimizer
+validation measures on lists that are not learned from
 """

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from crossenc.loop.lists import TokenizedLists
 from crossenc.loop.network import TrainingNetwork
 from crossenc.loop.order import micro_batches
+from crossenc.loop.validation import matrices
 from crossenc.losses import LossSum
 
 if TYPE_CHECKING:
@@ -44,14 +45,14 @@ class LearnerSettings:
 class StepResult:
     """What a step came to, the same on all workers but for `is_guilty`.
 
-    Unless `is_finite` no weight was changed, and `is_guilty` says whether this worker's lists are why. `stop` is true
-    when any worker wished so.
+    Unless `is_finite` no weight was changed, and `is_guilty` says whether this worker's lists are why. `wishes` are
+    those that any worker has.
     """
 
     loss: float
     gradient_norm: float
     is_finite: bool
-    stop: bool
+    wishes: tuple[bool, ...]
     is_guilty: bool
 
 
@@ -89,6 +90,15 @@ class Learner:
         is_half = settings.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=is_half and model.device.type == "cuda")
 
+    @property
+    def loss_scale(self) -> float | None:
+        """What float16 multiplies the loss by at present; None in other formats."""
+        return float(self.scaler.get_scale()) if self.scaler.is_enabled() else None
+
+    @loss_scale.setter
+    def loss_scale(self, value: float) -> None:
+        self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": value, "_growth_tracker": 0})
+
     def _freeze_unused(self, network: TrainingNetwork, example: TokenizedLists) -> None:
         """Freeze what gets no gradient from a real list: DistributedDataParallel would wait for it forever."""
         with self._autocast():
@@ -98,17 +108,18 @@ class Learner:
                 parameter.requires_grad_(False)
             parameter.grad = None
 
-    def step(self, step: int, lists: TokenizedLists, num_lists: int, *, rate: float, stop: bool = False) -> StepResult:
+    def step(
+        self, step: int, lists: TokenizedLists, num_lists: int, *, rate: float, wishes: tuple[bool, ...] = ()
+    ) -> StepResult:
         """Learn from this worker's share of a batch of `num_lists` lists, with learning rates multiplied by `rate`.
 
-        An empty share is given as lists of weight 0. `stop` is a wish that all workers hear of in the result. Dropout
+        An empty share is given as lists of weight 0. `wishes` are heard of by all workers in the result. Dropout
         depends on the seed, the step and the worker, so a step done again is the same.
         """
         torch.manual_seed(int(np.random.SeedSequence((self._settings.seed, step, self._rank)).generate_state(1)[0]))
         self._network.train()
         self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros(3, dtype=torch.float64)
-        total[2] = float(stop)
+        total = torch.tensor([0.0, 0.0, *map(float, wishes)], dtype=torch.float64)
         sizes, lengths = lists.sizes, lists.pairs.lengths
         passes = micro_batches(sizes, lengths, self._settings.max_tokens, is_packed=self._is_packed)
         for number, places in enumerate(passes):
@@ -123,7 +134,7 @@ class Learner:
             on_device = total.to(self.model.device)
             dist.all_reduce(on_device)
             total = on_device.cpu()
-        value, weight, stops = total.tolist()
+        value, weight, *wished = total.tolist()
         loss = value / weight if weight else 0.0
         norm, is_finite = math.nan, math.isfinite(loss)
         if is_finite:
@@ -135,7 +146,7 @@ class Learner:
                 group["lr"] = group["base_lr"] * rate
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        return StepResult(loss, norm, is_finite, bool(stops), is_guilty)
+        return StepResult(loss, norm, is_finite, tuple(map(bool, wished)), is_guilty)
 
     def _gradient_norm(self, factor: float) -> float:
         """Multiply gradients by `factor` and clip them; returns the norm before clipping."""
@@ -151,17 +162,9 @@ class Learner:
         by_length = np.argsort(-lists.pairs.lengths, kind="stable")
         with self._autocast():
             logits = self._network(lists.pairs, by_length)
-        device = logits.device
-        place = torch.from_numpy(np.argsort(by_length)).to(device)
-        scores_PL = logits.float()[place]
-        sizes = torch.from_numpy(lists.sizes).to(device)
-        mask = torch.arange(int(lists.sizes.max()), device=device) < sizes[:, None]
-        flat = scores_PL[:, 0] if scores_PL.shape[1] == 1 else scores_PL
-        scores = flat.new_zeros((*mask.shape, *flat.shape[1:]))
-        scores = scores.index_put(torch.nonzero(mask, as_tuple=True), flat)
-        labels = torch.zeros(mask.shape, device=device)
-        labels[mask] = torch.from_numpy(lists.labels).to(device)
-        return self._loss(scores, labels, mask, torch.from_numpy(lists.weights).to(device))
+        scores_PL = logits.float()[torch.from_numpy(np.argsort(by_length)).to(logits.device)]
+        scores = scores_PL[:, 0] if scores_PL.shape[1] == 1 else scores_PL
+        return self._loss(*matrices(scores, lists))
 
     def _autocast(self) -> AbstractContextManager[Any]:
         dtype = self._settings.dtype

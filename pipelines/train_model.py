@@ -1,0 +1,51 @@
+"""The model of a training job as its workers, and its end, build it: the same weights and frozen parts each time."""
+
+from pathlib import Path
+
+import torch
+
+from crossenc.errors import ConfigError
+from crossenc.loop.optimizer import freeze_lowest
+from crossenc.model import CrossEncoder
+from pipelines.model import CheckpointModel
+from pipelines.train_config import LoraConfig, TrainConfig
+
+
+def source(config: TrainConfig) -> CheckpointModel:
+    """Where training starts from."""
+    return CheckpointModel(
+        source=config.model,
+        max_length=config.max_length,
+        storage_options=config.storage_options if "://" in config.model else {},
+    )
+
+
+def build(config: TrainConfig, model_source: CheckpointModel, device: torch.device | str = "cpu") -> CrossEncoder:
+    """The model before its first step: a new head is drawn by the seed, what is not trained is frozen."""
+    torch.manual_seed(config.seed)
+    folder: Path = model_source.folder()
+    name = None if "://" in config.model or Path(config.model).expanduser().is_dir() else config.model
+    model = CrossEncoder(folder, num_labels=config.num_labels, max_length=config.max_length, device=device)
+    if name is not None:  # of the hub: the card names it, and its revision
+        model.model_card_data.base_model, _, revision = name.partition("@")
+        model.model_card_data.base_revision = revision or None
+    if config.lora is not None:
+        _add_lora(model, config.lora)
+    freeze_lowest(model, config.freeze_layers) if config.freeze_layers else None
+    return model
+
+
+def _add_lora(model: CrossEncoder, lora: LoraConfig) -> None:
+    try:
+        from peft import LoraConfig as PeftConfig
+        from peft import TaskType
+    except ImportError:
+        raise ConfigError("lora needs the package peft: pip install 'crossenc[peft]'") from None
+    settings = PeftConfig(
+        task_type=TaskType.SEQ_CLS,
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.target_modules) if lora.target_modules else None,
+    )
+    model.add_adapter(settings)
