@@ -3,7 +3,8 @@
 The functions know tensors only: `pointwise` judges each document, `pairwise` two of one query, `contrastive` the
 positive among others, `listwise` the whole list, `distillation` a teacher's scores. The classes bear the names that
 the field knows, take columns of texts, score them with a model and call the functions. None of them knows files,
-optimizers or processes.
+optimizers or processes. `objective` gives a function by its name in job files, split into the two sums that a training
+loop needs.
 
 Letters in shapes: Q queries, N documents of a query with padding, P pairs, L labels a document.
 
@@ -31,6 +32,7 @@ from crossenc.losses.list_losses import (
     RankNetLoss,
 )
 from crossenc.losses.listwise import adr_mse, approximate_ranks, list_mle, list_net, plist_mle, position_weights
+from crossenc.losses.objective import LossSum, Objective, objective, objective_problems
 from crossenc.losses.pair_losses import BinaryCrossEntropyLoss, CrossEntropyLoss, MSELoss
 from crossenc.losses.pairwise import lambda_loss, rank_net
 from crossenc.losses.pointwise import binary_cross_entropy, cross_entropy, mse
@@ -79,6 +81,7 @@ __all__ = [
     "ListMLELoss",
     "ListNetLoss",
     "LocalizedContrastiveLoss",
+    "LossSum",
     "MSELoss",
     "MarginMSELoss",
     "MultipleNegativesRankingLoss",
@@ -86,6 +89,7 @@ __all__ = [
     "NDCGLoss2PPScheme",
     "NDCGLoss2Scheme",
     "NoWeightingScheme",
+    "Objective",
     "PListMLELambdaWeight",
     "PListMLELoss",
     "RankNetLoss",
@@ -102,6 +106,8 @@ __all__ = [
     "margin_mse",
     "mse",
     "multiple_negatives_ranking",
+    "objective",
+    "objective_problems",
     "plist_mle",
     "position_weights",
     "rank_net",

@@ -3,6 +3,8 @@
 Knows tensors only.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -45,6 +47,34 @@ def fill_lowest(values: Tensor, mask: Tensor) -> Tensor:
     return values.masked_fill(~mask, torch.finfo(values.dtype).min)
 
 
-def mean_where(values: Tensor, mask: Tensor) -> Tensor:
-    """The mean of `values` where `mask` is True; 0, with a gradient of 0, where it is True nowhere."""
-    return values.masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1)
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a loss is a mean of: queries, documents or pairs of documents, Q queries first in both shapes.
+
+    `values` are 0 where the `weights`, numbers or truth values of the same shape, are; `unit` is what one unit of the
+    loss is in `values`, for logarithms of another base.
+    """
+
+    values: Tensor
+    weights: Tensor
+    unit: float = 1.0
+
+    @classmethod
+    def where(cls, mask: Tensor, values: Tensor, unit: float = 1.0) -> "Terms":
+        """`values` where `mask` is True, each counting 1."""
+        return cls(values.masked_fill(~mask, 0.0), mask, unit)
+
+    @classmethod
+    def at(cls, mask: Tensor, values: Tensor) -> "Terms":
+        """As many `values` as there are places where `mask` is True, in their order, each counting 1."""
+        return cls(values.new_zeros(mask.shape).masked_scatter(mask, values), mask)
+
+    def mean(self) -> Tensor:
+        """The loss, a scalar; 0, with a gradient of 0, where nothing counts."""
+        total = self.weights.sum()
+        return self.values.sum() / torch.where(total > 0, total, 1) / self.unit
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """The sums [Q] of each query's values, in units of the loss, and of their weights; their quotient is `mean`."""
+        values, weights = (part[..., None].flatten(1).sum(dim=1) for part in (self.values, self.weights))
+        return values / self.unit, weights.to(values.dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from crossenc.losses._shared import fill_lowest, mean_where, prepare
+from crossenc.losses._shared import Terms, fill_lowest, prepare
 
 
 def localized_contrastive(scores: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -26,10 +26,15 @@ def localized_contrastive(scores: Tensor, labels: Tensor, mask: Tensor | None = 
     Paper: Gao, Dai and Callan 2021, Rethink Training of BERT Rerankers in Multi-Stage Retrieval Pipeline,
     arXiv 2101.08751.
     """
+    return localized_contrastive_terms(scores, labels, mask).mean()
+
+
+def localized_contrastive_terms(scores: Tensor, labels: Tensor, mask: Tensor | None = None) -> Terms:
+    """What `localized_contrastive` is the mean of: documents [Q, N], of which positives count."""
     scores, labels, mask = prepare(scores, labels, mask)
     is_positive = mask & (labels > 0)
     negatives = torch.logsumexp(fill_lowest(scores, mask & ~is_positive), dim=1, keepdim=True)
-    return mean_where(-functional.logsigmoid(scores - negatives), is_positive)
+    return Terms.where(is_positive, -functional.logsigmoid(scores - negatives))
 
 
 def multiple_negatives_ranking(

@@ -10,8 +10,8 @@ from typing import Literal
 from torch import Tensor
 
 from crossenc.errors import ConfigError
-from crossenc.losses._shared import fill_lowest, mean_where, prepare
-from crossenc.losses.pointwise import mse
+from crossenc.losses._shared import Terms, fill_lowest, prepare
+from crossenc.losses.pointwise import mse, mse_terms
 
 
 def margin_mse(
@@ -32,9 +32,18 @@ def margin_mse(
     Paper: Hofstätter et al. 2020, Improving Efficient Neural Ranking Models with Cross-Architecture Knowledge
     Distillation, arXiv 2010.02666.
     """
+    return mse(*_leads(scores, labels, mask), reduction=reduction)
+
+
+def margin_mse_terms(scores: Tensor, labels: Tensor, mask: Tensor | None = None) -> Terms:
+    """What `margin_mse` is the mean of: negatives [Q, N - 1]."""
+    return mse_terms(*_leads(scores, labels, mask))
+
+
+def _leads(scores: Tensor, labels: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """How far the first document leads each other one, by the student and by the teacher, and where both are there."""
     scores, labels, mask = prepare(scores, labels, mask)
-    has_both = mask[:, :1] & mask[:, 1:]
-    return mse(scores[:, :1] - scores[:, 1:], labels[:, :1] - labels[:, 1:], has_both, reduction=reduction)
+    return scores[:, :1] - scores[:, 1:], labels[:, :1] - labels[:, 1:], mask[:, :1] & mask[:, 1:]
 
 
 def kl_distillation(scores: Tensor, labels: Tensor, mask: Tensor | None = None, *, temperature: float = 1.0) -> Tensor:
@@ -50,12 +59,19 @@ def kl_distillation(scores: Tensor, labels: Tensor, mask: Tensor | None = None, 
     Paper: Hinton et al. 2015, Distilling the Knowledge in a Neural Network, arXiv 1503.02531.
     Raises ConfigError for a temperature that is not above 0.
     """
+    return kl_distillation_terms(scores, labels, mask, temperature=temperature).mean()
+
+
+def kl_distillation_terms(
+    scores: Tensor, labels: Tensor, mask: Tensor | None = None, *, temperature: float = 1.0
+) -> Terms:
+    """What `kl_distillation` is the mean of: queries [Q]."""
     check_temperature(temperature)
     scores, labels, mask = prepare(scores, labels, mask)
     student = fill_lowest(scores / temperature, mask).log_softmax(dim=1).masked_fill(~mask, 0.0)
     teacher = fill_lowest(labels / temperature, mask).log_softmax(dim=1)
     divergences = (teacher.exp() * (teacher.masked_fill(~mask, 0.0) - student)).sum(dim=1)
-    return temperature**2 * mean_where(divergences, mask.any(dim=1))
+    return Terms.where(mask.any(dim=1), temperature**2 * divergences)
 
 
 def check_temperature(temperature: float) -> None:

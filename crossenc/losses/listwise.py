@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from crossenc.losses._shared import fill_lowest, mean_where, prepare
+from crossenc.losses._shared import Terms, fill_lowest, prepare
 
 #: Keeps the weights of a list of one document, which sum to 0, from dividing by 0.
 _EPS = 1e-10
@@ -27,10 +27,15 @@ def list_net(scores: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tens
     share is 0.23.
     Paper: Cao et al. 2007, Learning to Rank: From Pairwise Approach to Listwise Approach.
     """
+    return list_net_terms(scores, labels, mask).mean()
+
+
+def list_net_terms(scores: Tensor, labels: Tensor, mask: Tensor | None = None) -> Terms:
+    """What `list_net` is the mean of: queries [Q]."""
     scores, labels, mask = prepare(scores, labels, mask)
     targets = fill_lowest(labels, mask).softmax(dim=1)
     log_probabilities = fill_lowest(scores, mask).log_softmax(dim=1).masked_fill(~mask, 0.0)
-    return mean_where(-(targets * log_probabilities).sum(dim=1), mask.any(dim=1))
+    return Terms.where(mask.any(dim=1), -(targets * log_probabilities).sum(dim=1))
 
 
 def list_mle(
@@ -81,6 +86,20 @@ def plist_mle(
     grades with many ties `lambda_loss` is better.
     Paper: Lan et al. 2014, Position-Aware ListMLE: A Sequential Learning Process for Ranking.
     """
+    return plist_mle_terms(
+        scores, labels, mask, lambda_weight=lambda_weight, respect_input_order=respect_input_order
+    ).mean()
+
+
+def plist_mle_terms(
+    scores: Tensor,
+    labels: Tensor,
+    mask: Tensor | None = None,
+    *,
+    lambda_weight: Callable[[Tensor], Tensor] | None = position_weights,
+    respect_input_order: bool = False,
+) -> Terms:
+    """What `plist_mle` is the mean of: queries [Q]."""
     scores, labels, mask = prepare(scores, labels, mask)
     wanted = torch.zeros_like(labels) if respect_input_order else labels
     order = fill_lowest(wanted, mask).argsort(dim=1, descending=True, stable=True)
@@ -90,7 +109,7 @@ def plist_mle(
     if lambda_weight is not None:
         weights = lambda_weight(mask)
         log_probabilities = log_probabilities * (weights / (weights.sum(dim=1, keepdim=True) + _EPS))
-    return mean_where(-log_probabilities.sum(dim=1), mask.any(dim=1))
+    return Terms.where(mask.any(dim=1), -log_probabilities.sum(dim=1))
 
 
 def adr_mse(scores: Tensor, labels: Tensor, mask: Tensor | None = None, *, alpha: float = 1.0) -> Tensor:
@@ -104,12 +123,17 @@ def adr_mse(scores: Tensor, labels: Tensor, mask: Tensor | None = None, *, alpha
     `alpha` comes closer to true ranks and has weaker gradients.
     Paper: Schlatt et al. 2025, Rank-DistiLLM, arXiv 2405.07920.
     """
+    return adr_mse_terms(scores, labels, mask, alpha=alpha).mean()
+
+
+def adr_mse_terms(scores: Tensor, labels: Tensor, mask: Tensor | None = None, *, alpha: float = 1.0) -> Terms:
+    """What `adr_mse` is the mean of: documents [Q, N]."""
     scores, labels, mask = prepare(scores, labels, mask)
     above = (labels[:, None, :] > labels[:, :, None]) & mask[:, None, :]
     equal = (labels[:, None, :] == labels[:, :, None]) & mask[:, None, :]
     ranks = above.sum(dim=2) + (equal.sum(dim=2) + 1).to(scores.dtype) / 2
     errors = (ranks - approximate_ranks(scores, mask, alpha)).square() / torch.log2(ranks + 1.0)
-    return mean_where(errors, mask)
+    return Terms.where(mask, errors)
 
 
 def approximate_ranks(scores: Tensor, mask: Tensor, alpha: float = 1.0) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from crossenc.errors import ConfigError
-from crossenc.losses._shared import mean_where, prepare
+from crossenc.losses._shared import Terms, prepare
 from crossenc.losses.weighting import BaseWeightingScheme, NDCGLoss2PPScheme, NoWeightingScheme
 
 ReductionLog = Literal["natural", "binary"]
@@ -67,6 +67,30 @@ def lambda_loss(
     Paper: Wang et al. 2018, The LambdaLoss Framework for Ranking Metric Optimization.
     Raises ConfigError for k below 1 or an unknown `reduction_log`.
     """
+    return lambda_terms(
+        scores,
+        labels,
+        mask,
+        weighting_scheme=weighting_scheme,
+        k=k,
+        sigma=sigma,
+        eps=eps,
+        reduction_log=reduction_log,
+    ).mean()
+
+
+def lambda_terms(
+    scores: Tensor,
+    labels: Tensor,
+    mask: Tensor | None = None,
+    *,
+    weighting_scheme: BaseWeightingScheme | None = NDCG_LOSS2PP,
+    k: int | None = None,
+    sigma: float = 1.0,
+    eps: float = 1e-10,
+    reduction_log: ReductionLog = "binary",
+) -> Terms:
+    """What `lambda_loss` is the mean of: pairs of documents [Q, N, N] in the order of the scores, best first."""
     check_options(k, reduction_log)
     weighting_scheme = weighting_scheme or NoWeightingScheme()
     scores, labels, mask = prepare(scores, labels, mask)
@@ -84,8 +108,7 @@ def lambda_loss(
     grades = labels.clamp(min=0.0)
     weights = weighting_scheme(_normalised_gains(grades, discounts, k, eps), discounts, grades)
     log_probabilities = functional.logsigmoid(sigma * (scores[:, :, None] - scores[:, None, :]))
-    loss = -mean_where(weights * log_probabilities, counted)
-    return loss / math.log(2) if reduction_log == "binary" else loss
+    return Terms.where(counted, -weights * log_probabilities, math.log(2) if reduction_log == "binary" else 1.0)
 
 
 def check_options(k: int | None, reduction_log: str) -> None:

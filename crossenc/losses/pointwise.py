@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from crossenc.errors import InputError
-from crossenc.losses._shared import at_least_float32, valid_mask
+from crossenc.losses._shared import Terms, at_least_float32, valid_mask
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -50,6 +50,13 @@ def binary_cross_entropy(
         pos_weight=pos_weight,
         reduction=reduction,
     )
+
+
+def binary_cross_entropy_terms(
+    scores: Tensor, labels: Tensor, mask: Tensor, *, pos_weight: float | Tensor | None = None
+) -> Terms:
+    """What `binary_cross_entropy` is the mean of: documents, shaped like the scores."""
+    return Terms.at(mask, binary_cross_entropy(scores, labels, mask, pos_weight=pos_weight, reduction="none"))
 
 
 def cross_entropy(
@@ -93,6 +100,33 @@ def cross_entropy(
     )
 
 
+def cross_entropy_terms(
+    scores: Tensor,
+    labels: Tensor,
+    mask: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Terms:
+    """What `cross_entropy` of class numbers is the weighted mean of: documents, shaped like the labels."""
+    classes = labels.masked_fill(~mask, 0).long()
+    losses = cross_entropy(
+        scores,
+        classes,
+        mask,
+        weight=weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction="none",
+    )
+    counted = mask & (classes != ignore_index)
+    terms = Terms.at(mask, losses)
+    if weight is None:
+        return Terms(terms.values, counted)
+    return Terms(terms.values, weight.to(losses)[classes.masked_fill(~counted, 0)].masked_fill(~counted, 0.0))
+
+
 def mse(scores: Tensor, labels: Tensor, mask: Tensor | None = None, *, reduction: Reduction = "mean") -> Tensor:
     """Each score should be the number that a teacher, or a person, gave.
 
@@ -108,3 +142,8 @@ def mse(scores: Tensor, labels: Tensor, mask: Tensor | None = None, *, reduction
     if not predictions.numel():
         return predictions.sum()
     return functional.mse_loss(predictions, labels.detach()[mask].to(predictions.dtype), reduction=reduction)
+
+
+def mse_terms(scores: Tensor, labels: Tensor, mask: Tensor) -> Terms:
+    """What `mse` is the mean of: documents, shaped like the scores."""
+    return Terms.at(mask, mse(scores, labels, mask, reduction="none"))
