@@ -162,7 +162,7 @@ def attend(
     return torch.zeros_like(query).index_copy(0, sequences.first_tokens, states) if first_only else states
 
 
-def _by_length(  # noqa: PLR0913
+def _by_length(
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-import safetensors
 import safetensors.torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
@@ -45,16 +44,16 @@ class LogPoint:
 class Checkpoint:
     """The record of a checkpoint: everything that training goes on from, but for the tensors.
 
-    `step` counts finished steps. `loss_sum` of `num_loss_steps` steps waits for the next point of the curve. `value`
-    is what checkpoints are chosen by, higher is better; None where this one was not validated. `seconds` is the time
-    spent in training so far, over all attempts.
+    `step` counts finished steps. `loss_sum` of `num_loss_steps` steps waits for the next point of the curve.
+    `loss_scaler` is float16's. `value` is what checkpoints are chosen by, higher is better; None where this one was
+    not validated. `seconds` is the time spent in training so far, over all attempts.
     """
 
     fingerprint: str
     step: int
     loss_sum: float
     num_loss_steps: int
-    loss_scale: float | None
+    loss_scaler: Mapping[str, float]
     value: float | None
     seconds: float
     logs: tuple[LogPoint, ...]
@@ -72,7 +71,7 @@ def before_the_first_step(fingerprint: str) -> Checkpoint:
         step=0,
         loss_sum=0.0,
         num_loss_steps=0,
-        loss_scale=None,
+        loss_scaler={},
         value=None,
         seconds=0.0,
         logs=(),
@@ -121,7 +120,9 @@ def read_tensors(output: Location, file: StoredTensors) -> dict[str, Tensor]:
     try:
         body = read_bytes(place)
     except FileNotFoundError:
-        raise StorageError(f"{place} is missing: restore it, or delete its checkpoint's record to go back one") from None
+        raise StorageError(
+            f"{place} is missing: restore it, or delete its checkpoint's record to go back one"
+        ) from None
     if hashlib.sha256(body).hexdigest() != file.sha256:
         raise StorageError(f"{place} is damaged: restore it, or delete its checkpoint's record to go back one")
     return safetensors.torch.load(body)

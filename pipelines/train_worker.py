@@ -32,7 +32,7 @@ from crossenc.loop.optimizer import (
 )
 from crossenc.loop.order import SHUFFLED_LISTS, Order, OrderSettings
 from crossenc.loop.validation import MEASURES, validate
-from crossenc.losses import Objective
+from crossenc.losses import Objective, objective
 from crossenc.precision import resolve_dtype
 from pipelines import checkpoints
 from pipelines.checkpoints import Checkpoint, CheckpointWriter, LogPoint
@@ -104,7 +104,7 @@ class _Worker:
         num_pairs, num_tokens = task.train.sizes()
         self._lists = Lists(num_pairs, num_tokens, lambda numbers: read_lists(task.train, numbers))
         self._order = Order(num_tokens, order_settings(config), config.epochs)
-        self._objective = Objective(config.loss.name, config.loss.parameters)
+        self._objective = objective(config.loss.name, config.loss.parameters)
         self._learner = _learner(task, self._objective, device, self._lists.read(self._order.batch(0)[:1]))
         self._model = self._learner.model
         self._writer = CheckpointWriter(task.output, config.keep_checkpoints, self._say) if self._is_first else None
@@ -127,8 +127,7 @@ class _Worker:
             return checkpoints.before_the_first_step(fingerprint)
         load_trained_weights(self._model, checkpoints.read_tensors(output, newest.weights))
         load_optimizer_tensors(self._model, self._learner.optimizer, checkpoints.read_tensors(output, newest.optimizer))
-        if newest.loss_scale is not None:
-            self._learner.loss_scale = newest.loss_scale
+        self._learner.scaler.load_state_dict(dict(newest.loss_scaler))
         self._say(f"going on after step {newest.step:,}")
         return replace(newest, value=None)
 
@@ -223,7 +222,7 @@ class _Worker:
         """Begins to store a checkpoint, which later steps do not change."""
         if self._writer is not None:
             learner, self._stored_at = self._learner, time.monotonic()
-            state = replace(self._state, loss_scale=learner.loss_scale, seconds=self._seconds())
+            state = replace(self._state, loss_scaler=learner.scaler.state_dict(), seconds=self._seconds())
             self._writer.write(state, trained_weights(self._model), optimizer_tensors(self._model, learner.optimizer))
         self._state = replace(self._state, value=None)
 

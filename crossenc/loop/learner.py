@@ -76,7 +76,7 @@ class Learner:
         self._num_workers = dist.get_world_size() if self._is_shared else 1
         self._rank = dist.get_rank() if self._is_shared else 0
         if settings.recomputes:
-            model.model.gradient_checkpointing_enable({"use_reentrant": False})
+            _recompute(model.model)
         own = TrainingNetwork(model, recomputes=settings.recomputes)
         self.forward_kind = own.forward_kind
         self._is_packed = own.is_packed
@@ -86,18 +86,9 @@ class Learner:
         # Steps scale their gradients themselves, and the module's buffers never differ.
         self._network: Any = own
         if self._is_shared:
-            self._network = DistributedDataParallel(own, broadcast_buffers=False, gradient_as_bucket_view=True)
+            self._network = DistributedDataParallel(own, forward_sync_buffers=False, gradient_as_bucket_view=True)
         is_half = settings.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=is_half and model.device.type == "cuda")
-
-    @property
-    def loss_scale(self) -> float | None:
-        """What float16 multiplies the loss by at present; None in other formats."""
-        return float(self.scaler.get_scale()) if self.scaler.is_enabled() else None
-
-    @loss_scale.setter
-    def loss_scale(self, value: float) -> None:
-        self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": value, "_growth_tracker": 0})
 
     def _freeze_unused(self, network: TrainingNetwork, example: TokenizedLists) -> None:
         """Freeze what gets no gradient from a real list: DistributedDataParallel would wait for it forever."""
@@ -173,3 +164,9 @@ class Learner:
     def _synced_only_if(self, is_last: bool) -> AbstractContextManager[Any]:
         """Workers exchange gradients once a step, in its last pass."""
         return self._network.no_sync() if self._is_shared and not is_last else nullcontext()
+
+
+def _recompute(model: Any) -> None:
+    """Have a model of transformers compute activations again in the backward pass; version 6 names it anew."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})

@@ -119,7 +119,7 @@ class S3Server:
 @contextmanager
 def moto_server() -> Iterator[S3Server]:
     """A moto server of its own: empty, in memory, gone at the end."""
-    port = _free_port()
+    port = free_port()
     program = Path(sys.executable).with_name("moto_server")
     server = subprocess.Popen(
         [sys.executable, str(program), "-H", "127.0.0.1", "-p", str(port)],
@@ -189,7 +189,7 @@ class CephServer(S3Server):
         """Lay out `folder` for a new cluster; nothing runs yet."""
         for name in ("mon", "osd", "rgw"):
             (folder / name).mkdir(parents=True)
-        mon_port, rgw_port, fsid = _free_port(), _free_port(), str(uuid.uuid4())
+        mon_port, rgw_port, fsid = free_port(), free_port(), str(uuid.uuid4())
         conf = _CEPH_CONF.format(fsid=fsid, mon_port=mon_port, rgw_port=rgw_port, folder=folder)
         (folder / "ceph.conf").write_text(conf)
         (folder / "keyring").touch()
@@ -304,7 +304,7 @@ def _address(key: str) -> dict[str, str]:
     return {"Bucket": bucket, "Key": name}
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
