@@ -44,36 +44,46 @@ class LogPoint:
 class Checkpoint:
     """The record of a checkpoint: everything that training goes on from, but for the tensors.
 
-    `step` counts finished steps. `loss_sum` of `num_loss_steps` steps waits for the next point of the curve.
+    `step` counts finished steps of `num_steps`. `loss_sum` of `num_loss_steps` steps waits for the next point of the curve.
     `loss_scaler` is float16's. `value` is what checkpoints are chosen by, higher is better; None where this one was
-    not validated. `seconds` is the time spent in training so far, over all attempts.
+    not validated. `seconds` is the time spent in training so far, over all attempts; `forward_kind` tells people how
+    passes were computed.
     """
 
     fingerprint: str
     step: int
+    num_steps: int
     loss_sum: float
     num_loss_steps: int
     loss_scaler: Mapping[str, float]
     value: float | None
     seconds: float
+    forward_kind: str
     logs: tuple[LogPoint, ...]
     weights: StoredTensors = field(default=StoredTensors("", 0, ""))
     optimizer: StoredTensors = field(default=StoredTensors("", 0, ""))
+
+    @property
+    def is_last(self) -> bool:
+        """Whether training is over."""
+        return self.step == self.num_steps
 
 
 _RECORD = TypeAdapter(Checkpoint)
 
 
-def before_the_first_step(fingerprint: str) -> Checkpoint:
+def before_the_first_step(fingerprint: str, num_steps: int) -> Checkpoint:
     """The state that a run begins with; it is not stored."""
     return Checkpoint(
         fingerprint=fingerprint,
         step=0,
+        num_steps=num_steps,
         loss_sum=0.0,
         num_loss_steps=0,
         loss_scaler={},
         value=None,
         seconds=0.0,
+        forward_kind="",
         logs=(),
     )
 

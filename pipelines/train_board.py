@@ -3,11 +3,12 @@
 It holds the latest figures, messages for people, and how training ended. It knows no model and no storage.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import ray
+
+from pipelines.checkpoints import LogPoint
 
 EndingState = Literal["done", "stopped", "failed"]
 
@@ -41,7 +42,7 @@ class News:
 
     figures: Figures
     messages: tuple[str, ...]
-    validations: tuple[Mapping[str, float], ...]
+    validations: tuple[LogPoint, ...]
     ending: Ending | None
 
 
@@ -60,9 +61,9 @@ class Board:
     def say(self, message: str) -> None:
         self._news = replace(self._news, messages=(*self._news.messages, message))
 
-    def validated(self, values: Mapping[str, float]) -> None:
+    def validated(self, point: LogPoint) -> None:
         """Takes a row for the table of validations."""
-        self._news = replace(self._news, validations=(*self._news.validations, values))
+        self._news = replace(self._news, validations=(*self._news.validations, point))
 
     def end(self, ending: Ending) -> None:
         """The first ending counts."""

@@ -12,7 +12,15 @@ from pipelines.train_data_config import LabelledData
 #: A step's lists, unless the job says otherwise.
 _BATCH_LISTS = 16
 #: Settings that say where and how fast, not what is learned.
-_WITHOUT_EFFECT = {"output", "workers", "checkpoint_minutes", "keep_checkpoints", "storage_options", "ray_address"}
+_WITHOUT_EFFECT = {
+    "output",
+    "workers",
+    "checkpoint_minutes",
+    "keep_checkpoints",
+    "storage_options",
+    "drain_seconds",
+    "ray_address",
+}
 
 
 class _Settings(BaseModel):
@@ -99,6 +107,7 @@ class TrainConfig(_Settings):
     workers: WorkersConfig = WorkersConfig()
     max_text_bytes: Annotated[int, Field(ge=1, description="a longer query or document is refused")] = 4 * 2**20
     storage_options: Annotated[dict[str, Any], Field(repr=False, description="passed to the file system")] = {}
+    drain_seconds: Annotated[float, Field(ge=0, description="time to store a checkpoint after SIGTERM")] = 60
     ray_address: Annotated[str | None, Field(description="a running cluster; a local one is started if absent")] = None
 
     @model_validator(mode="after")

@@ -124,7 +124,7 @@ class _Worker:
         stored = checkpoints.read_all(output, fingerprint) if self._is_first else []
         newest: Checkpoint | None = broadcast_from_rank_zero(stored[-1] if stored else None)
         if newest is None:
-            return checkpoints.before_the_first_step(fingerprint)
+            return checkpoints.before_the_first_step(fingerprint, self._order.num_steps)
         load_trained_weights(self._model, checkpoints.read_tensors(output, newest.weights))
         load_optimizer_tensors(self._model, self._learner.optimizer, checkpoints.read_tensors(output, newest.optimizer))
         self._learner.scaler.load_state_dict(dict(newest.loss_scaler))
@@ -222,7 +222,8 @@ class _Worker:
         """Begins to store a checkpoint, which later steps do not change."""
         if self._writer is not None:
             learner, self._stored_at = self._learner, time.monotonic()
-            state = replace(self._state, loss_scaler=learner.scaler.state_dict(), seconds=self._seconds())
+            scaler = learner.scaler.state_dict()
+            state = replace(self._state, loss_scaler=scaler, seconds=self._seconds(), forward_kind=learner.forward_kind)
             self._writer.write(state, trained_weights(self._model), optimizer_tensors(self._model, learner.optimizer))
         self._state = replace(self._state, value=None)
 

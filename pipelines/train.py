@@ -1,0 +1,337 @@
+"""The training job: prepare the data, train on Ray Train, finish. Killed at any moment, the same command goes on.
+
+    _run/train.json       what the run depends on; another run's inputs, model or options are refused
+    _run/data/            tokenised lists, prepared once
+    checkpoints/          what training goes on from; the best one becomes the model
+
+A step's batch, learning rate and dropout are functions of its number, so a run that was killed ends with the weights of
+one that was not, up to rounding, as long as the number of workers is the same.
+"""
+
+import hashlib
+import json
+import math
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TextIO
+
+import ray
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from crossenc.errors import CrossEncError, RunConflictError, StorageError
+from crossenc.losses import Objective, objective, objective_problems
+from pipelines import checkpoints, lease, train_board, train_finish
+from pipelines import plan as plans
+from pipelines.checkpoints import CHECKPOINT_FOLDER
+from pipelines.model import CheckpointModel
+from pipelines.plan import RUN_FOLDER
+from pipelines.storage import (
+    Location,
+    check_apart,
+    delete,
+    exists,
+    list_files,
+    locate,
+    probe,
+    put_new,
+    read_bytes,
+    redact,
+)
+from pipelines.train_board import Ending
+from pipelines.train_config import TrainConfig
+from pipelines.train_data import (
+    PreparedData,
+    PrepareProgress,
+    PrepareSettings,
+    StoppedError,
+    prepare,
+    prepare_split,
+)
+from pipelines.train_finish import SUCCESS_FILE, Finished, TrainRun
+from pipelines.train_model import build, source
+from pipelines.train_progress import TrainProgress
+from pipelines.train_worker import FAILED_BATCH_FOLDER, TrainTask, train_worker
+
+STATE_FILE = f"{RUN_FOLDER}/train.json"
+DATA_FOLDER = f"{RUN_FOLDER}/data"
+_FOLDERS = (CHECKPOINT_FOLDER, train_finish.MODEL_FOLDER, train_finish.EVENTS_FOLDER, FAILED_BATCH_FOLDER, RUN_FOLDER)
+_POLL_SECONDS = 0.5
+
+State = Literal["done", "already done", "stopped"]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a call of `train` ended. `result` says how good the model is, None where training was stopped."""
+
+    state: State
+    output: Location
+    message: str
+    result: Finished | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainJob:
+    """A job with everything resolved that can be before data is read. `num_labels` are the model's."""
+
+    config: TrainConfig
+    output: Location
+    model: CheckpointModel
+    objective: Objective
+    num_labels: int
+    parts: Mapping[str, str]
+
+
+def resolve(config: TrainConfig) -> TrainJob:
+    """Looks the model up and builds it once, so that what cannot work is found now. Raises before any work is done."""
+    options = config.storage_options
+    output = locate(config.output, options)
+    data = [config.train] + (
+        [] if config.validation is None or isinstance(config.validation, float) else [config.validation]
+    )
+    check_apart(output, [uri for one in data for uri in (*one.uris, one.queries, one.corpus)])
+    loss = objective(config.loss.name, config.loss.parameters)
+    model = source(config).pinned()
+    model.load_tokenizer()  # a max_length that cannot be is found here
+    num_labels = build(config, model).num_labels
+    described = config.result_options()
+    for name, one in (("train", config.train), ("validation", config.validation)):
+        described[name] = one if one is None or isinstance(one, float) else one.model_dump(mode="json")
+    parts = plans.describe_parts([], model.digests(), described) | {"job": "train"}
+    return TrainJob(config, output, model, loss, num_labels, parts)
+
+
+def needs(config: TrainConfig, cores: int) -> dict[str, float]:
+    """The CPUs and GPUs that the workers hold together."""
+    workers = config.workers
+    return {"CPU": workers.count * worker_cpus(config, cores)[0], "GPU": workers.count * workers.gpus}
+
+
+def worker_cpus(config: TrainConfig, cores: int) -> tuple[float, int]:
+    """The CPUs each worker reserves and the torch threads it uses: its share of the cores without a GPU."""
+    workers = config.workers
+    if workers.cpus is not None:
+        return workers.cpus, max(1, int(workers.cpus))
+    if workers.gpus > 0:
+        return 1.0, 1
+    own = max(1, cores // workers.count)
+    return float(own), own
+
+
+def train(
+    config: TrainConfig,
+    *,
+    connect: Callable[[], int],
+    stream: TextIO,
+    should_stop: Callable[[], bool] = lambda: False,
+    new_run: bool = False,
+) -> Outcome:
+    """Runs the job to its end, or goes on with an earlier attempt.
+
+    `connect()` makes Ray ready and returns the cores of this machine. `should_stop()` is asked now and then; once it
+    says yes, a checkpoint is stored after the step in work, and the next call goes on from there. Raises CrossEncError
+    with what is wrong and what to do.
+    """
+    job = resolve(config)
+    stored = None if new_run else _stored_parts(job.output)
+    if stored is not None:
+        plans.check_unchanged(stored, job.parts, job.output)
+        if exists(job.output / SUCCESS_FILE):
+            result = train_finish.confirm(job.output)
+            return Outcome("already done", job.output, "nothing to do: this run is finished", result)
+    probe(job.output)
+    display = TrainProgress(stream)
+    lost: list[str] = []
+
+    def is_over() -> bool:
+        return bool(lost) or should_stop()
+
+    with lease.hold(job.output, display.snapshot, lost.append, display.say):
+        if new_run:
+            _remove_run(job.output)
+        _begin(job)
+        cores = connect()
+        with display:
+            try:
+                run = _prepared(job, display, is_over)
+                ending = _fit(run, cores, display, is_over)
+            except StoppedError:
+                ending = Ending("stopped")
+        if ending.state == "failed":
+            raise CrossEncError(ending.message)
+        if ending.state == "stopped":
+            message = lost[0] if lost else f"stopped; run the same command again to resume {job.output}"
+            return Outcome("stopped", job.output, message)
+        display.say("writing the model and the report …")
+        result = train_finish.finish(run, display.say)
+    return Outcome("done", job.output, f"done; the model is in {job.output / train_finish.MODEL_FOLDER}", result)
+
+
+def _stored_parts(output: Location) -> dict[str, str] | None:
+    try:
+        body = json.loads(read_bytes(output / STATE_FILE))
+        return {str(name): str(value) for name, value in body["parts"].items()}
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise RunConflictError(f"{output / STATE_FILE} is not of this version; start over with --new-run") from None
+
+
+def _begin(job: TrainJob) -> None:
+    """Notes what the run depends on, or checks that it is what an earlier attempt noted."""
+    if _stored_parts(job.output) is None:
+        for folder in _FOLDERS[:-1]:
+            if list_files(job.output / folder):
+                raise RunConflictError(
+                    f"{job.output / folder} holds files but {job.output} no run; choose another output, or delete what"
+                    " is there with --new-run"
+                )
+        put_new(job.output / STATE_FILE, json.dumps({"parts": dict(job.parts)}, indent=1).encode())
+    plans.check_unchanged(_stored_parts(job.output) or {}, job.parts, job.output)
+
+
+def _prepared(job: TrainJob, display: TrainProgress, should_stop: Callable[[], bool]) -> TrainRun:
+    """The job with its data, prepared now or earlier."""
+    config, folder = job.config, job.output / DATA_FOLDER
+    settings = PrepareSettings(
+        group_default=not job.objective.is_pointwise,
+        max_text_bytes=config.max_text_bytes,
+        storage_options=dict(config.storage_options),
+    )
+
+    def show(progress: PrepareProgress) -> None:
+        text = f"{progress.num_rows:,} rows · {progress.num_pairs:,} pairs"
+        display.prepared(progress.num_parts_done, progress.num_parts, text)
+
+    watch: dict[str, Any] = {"should_stop": should_stop, "on_progress": show}
+    validation: PreparedData | None = None
+    if isinstance(config.validation, float):
+        share = config.validation
+        train, validation = prepare_split(config.train, folder, job.model, share, settings=settings, **watch)
+    else:
+        train = prepare(config.train, folder / "train", job.model, settings=settings, **watch)
+        if config.validation is not None:
+            judged = replace(settings, group_default=True)
+            validation = prepare(config.validation, folder / "validation", job.model, settings=judged, **watch)
+    if not train.num_lists:
+        raise CrossEncError(f"nothing is left to train on: see {folder} for what was refused, and why")
+    problems = objective_problems(job.objective, train.statistics, job.num_labels)
+    for problem in problems:
+        display.say(f"warning: {problem}")
+    digests = {**job.parts, "train data": train.digest, "validation data": validation.digest if validation else ""}
+    fingerprint = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+    return TrainRun(
+        config=job.config,
+        output=job.output,
+        model=job.model,
+        objective=job.objective,
+        fingerprint=fingerprint,
+        train=train,
+        validation=validation,
+        warnings=tuple(problems),
+        parts=job.parts,
+    )
+
+
+def _fit(run: TrainRun, cores: int, display: TrainProgress, should_stop: Callable[[], bool]) -> Ending:
+    """Trains to the end, or until told to stop."""
+    newest = checkpoints.read_all(run.output, run.fingerprint)
+    if newest and newest[-1].is_last:
+        return Ending("done")
+    board = train_board.start()
+    cpus, threads = worker_cpus(run.config, cores)
+    task = TrainTask(
+        config=run.config,
+        output=run.output,
+        fingerprint=run.fingerprint,
+        model=run.model,
+        train=run.train,
+        validation=run.validation,
+        threads=threads,
+        board=board,
+    )
+    failure: list[BaseException] = []
+
+    def fit(folder: str) -> None:
+        try:
+            _trainer(task, cpus, folder).fit()
+        except Exception as error:  # told below, in the words of whoever knows more
+            failure.append(error)
+
+    # Ray Train keeps a few notes of its own beside the driver; what training goes on from is in checkpoints/.
+    with tempfile.TemporaryDirectory(prefix="crossenc-train-", ignore_cleanup_errors=True) as folder:
+        # In a thread, where Ray leaves the signals to this process.
+        fitting = threading.Thread(target=fit, args=(folder,), name="ray-train", daemon=True)
+        fitting.start()
+        deadline = math.inf
+        while fitting.is_alive() and time.monotonic() < deadline:
+            fitting.join(_POLL_SECONDS)
+            _show_news(board, display)
+            if deadline == math.inf and should_stop():
+                display.say("stopping after the step in work …")
+                ray.get(board.stop.remote())
+                deadline = time.monotonic() + run.config.drain_seconds
+    ending = _show_news(board, display)
+    if ending is not None:
+        return ending
+    if deadline < math.inf:
+        return Ending("stopped")
+    raise StorageError(
+        f"the workers ended before the last step: {_reason(failure)}; run the same command again, it goes on from the"
+        " last checkpoint"
+    )
+
+
+def _trainer(task: TrainTask, cpus: float, folder: str) -> TorchTrainer:
+    workers = task.config.workers
+    has_gpus = workers.gpus > 0
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"task": task},
+        scaling_config=ScalingConfig(
+            num_workers=workers.count if workers.min_count is None else (workers.min_count, workers.count),
+            use_gpu=has_gpus,
+            resources_per_worker={"CPU": cpus} | ({"GPU": workers.gpus} if has_gpus else {}),
+        ),
+        run_config=RunConfig(
+            name="train",
+            storage_path=folder,
+            failure_config=FailureConfig(max_failures=workers.max_failures),
+            logging_config=LoggingConfig(log_level="CRITICAL"),
+        ),
+        torch_config=TorchConfig(backend="nccl" if has_gpus else "gloo"),
+    )
+
+
+def _show_news(board: Any, display: TrainProgress) -> Ending | None:
+    """Shows what the workers said since the last time; returns how they ended, if they did."""
+    news = ray.get(board.read.remote())
+    for message in news.messages:
+        display.say(message)
+    for point in news.validations:
+        display.validated(point)
+    if news.figures.num_steps:
+        display.trained(news.figures)
+    ending: Ending | None = news.ending
+    return ending
+
+
+def _reason(failure: Sequence[BaseException]) -> str:
+    """What Ray Train says, in one line."""
+    if not failure:
+        return "they gave no reason"
+    lines = [line.strip() for line in str(failure[0]).splitlines() if line.strip()]
+    return redact(lines[-1])[:300] if lines else type(failure[0]).__name__
+
+
+def _remove_run(output: Location) -> None:
+    """Deletes everything that runs write below `output`, but for the lease; what says that it is done goes first."""
+    files = [file.location for folder in _FOLDERS for file in list_files(output / folder)]
+    keep, state = (output / lease.LEASE_FOLDER).uri, output / STATE_FILE
+    delete([output / name for name in (SUCCESS_FILE, train_finish.MANIFEST_FILE, train_finish.REPORT_FILE)])
+    delete([file for file in files if not file.uri.startswith(keep) and file != state])
+    delete([state])
