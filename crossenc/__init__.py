@@ -57,14 +57,14 @@ __all__ = [
 
 #: Names whose modules take seconds to import.
 _HEAVY = {
-    "BatchSamplers": "crossenc.training.samplers",
+    "BatchSamplers": "crossenc.training",
     "CrossEncoder": "crossenc.model",
-    "CrossEncoderDataCollator": "crossenc.training.collator",
+    "CrossEncoderDataCollator": "crossenc.training",
     "CrossEncoderModelCardData": "crossenc.card",
-    "CrossEncoderTrainer": "crossenc.training.trainer",
-    "CrossEncoderTrainingArguments": "crossenc.training.arguments",
+    "CrossEncoderTrainer": "crossenc.training",
+    "CrossEncoderTrainingArguments": "crossenc.training",
     "InputExample": "crossenc.fitting",
-    "MultiDatasetBatchSamplers": "crossenc.training.samplers",
+    "MultiDatasetBatchSamplers": "crossenc.training",
 }
 
 

@@ -67,6 +67,10 @@ class ChatTokenizer:
         prompt = self.prompt if prompt is None else prompt
         return self._encode([self._render_messages([{"role": "user", "content": text}], prompt)], prompt)
 
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text by itself, uncut and without special ones."""
+        return [len(row) for row in self._tokenise(texts)]
+
     def _encode(self, conversations: Sequence[str], prompt: str) -> TokenizedPairs:
         rows = self._tokenise(conversations)
         truncated = np.array([len(row) > self.max_length for row in rows], dtype=bool)

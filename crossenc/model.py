@@ -411,10 +411,7 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text by itself, uncut and without special ones."""
-        self.tokenizer.backend_tokenizer.no_truncation()
-        self.tokenizer.backend_tokenizer.no_padding()
-        encodings = self.tokenizer.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [len(encoding.ids) for encoding in encodings]
+        return self._tokenizer.count_tokens(texts)
 
     # --- scores
 

@@ -91,6 +91,11 @@ class FakeTokenizer:
         check_texts(documents, "document")
         return self._template.join(self._hash_words(queries), self._hash_words(documents), self.max_length)
 
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Words of each text."""
+        counts: list[int] = self._hash_words(texts).lengths.tolist()
+        return counts
+
     def _hash_words(self, texts: Sequence[str]) -> Ragged:
         distinct, rows = distinct_texts(texts)
         encoded = [text.encode() for text in distinct]

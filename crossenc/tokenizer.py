@@ -90,6 +90,8 @@ class Tokenizer(Protocol):
 
     def encode(self, queries: Sequence[str], documents: Sequence[str], prompt: str | None = None) -> TokenizedPairs: ...
 
+    def count_tokens(self, texts: Sequence[str]) -> list[int]: ...
+
 
 class PairTokenizer:
     """A checkpoint's fast tokenizer, for (query, document) pairs of at most `max_length` tokens.
@@ -165,6 +167,11 @@ class PairTokenizer:
         types = np.array(encoding.type_ids, np.uint8) if self._template.part_types is not None else None
         offsets = np.array([0, len(encoding.ids)], np.int64)
         return TokenizedPairs(np.array(encoding.ids, np.int32), offsets, types, np.array([bool(encoding.overflowing)]))
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text by itself, uncut and without special ones."""
+        counts: list[int] = self._tokenise(texts).lengths.tolist()
+        return counts
 
     def _tokenise(self, texts: Sequence[str]) -> "Ragged":
         """Token ids of each text without special tokens; equal texts share theirs."""

@@ -3,6 +3,7 @@
 Knows Ray Data and the order of the stages; knows nothing of what was done before or what happens to the results.
 """
 
+import contextlib
 import queue
 import threading
 import time
@@ -104,14 +105,24 @@ def _run_wave(
 ) -> Generator[Result | None]:
     are_buckets = bool(items) and isinstance(items[0], int)
     dataset = _dataset(items, cluster, config, cpus_per_actor, are_buckets)
+    with contextlib.closing(rows_of(dataset)) as rows:
+        for row in rows:
+            yield None if row is None else parse_result(row)
+
+
+def rows_of(dataset: "ray.data.Dataset") -> Generator[dict[str, Any] | None]:
+    """Runs `dataset` and yields its rows as they come, None now and then between.
+
+    Close the generator to end early. Raises CrossEncError where the cluster cannot go on.
+    """
     dataset.set_name(f"crossenc-{uuid.uuid4().hex}")
-    results: queue.Queue[Result | BaseException | None] = queue.Queue()
+    results: queue.Queue[dict[str, Any] | BaseException | None] = queue.Queue()
 
     def consume() -> None:
         try:
             for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                 for row in batch.to_pylist():
-                    results.put(parse_result(row))
+                    results.put(row)
         except BaseException as error:
             results.put(error)
         finally:
@@ -155,7 +166,7 @@ def _dataset(
     cpus_per_actor: float,
     are_buckets: bool,
 ) -> "ray.data.Dataset":
-    _configure_ray_data()
+    configure_ray_data()
     dataset = ray.data.read_datasource(
         Tasks(items, cluster.context),
         override_num_blocks=len(items),
@@ -181,7 +192,7 @@ def _dataset(
     )
 
 
-def _configure_ray_data() -> None:
+def configure_ray_data() -> None:
     """Settings for one block per shard, and for waiting as long as it takes for preempted nodes to come back."""
     context = DataContext.get_current()
     context.target_max_block_size = None

@@ -216,12 +216,12 @@ def first_line(error: BaseException) -> str:
 def _scan_file(file: FileInfo, footer: pq.FileMetaData, columns: Columns) -> FileScan:
     group_rows = [footer.row_group(g).num_rows for g in range(footer.num_row_groups)]
     group_starts = np.concatenate([[0], np.cumsum(group_rows)]).astype(np.int64)
-    hashes = _query_hashes(file, footer, columns)
+    hashes = column_hashes(file, footer, columns.query_id)
     if len(hashes) != group_starts[-1]:
         raise InputError(f"{file.location}: {len(hashes):,} query ids for {group_starts[-1]:,} rows; restore the file")
     if columns.layout == "nested":
         starts = np.arange(len(hashes), dtype=np.int64)
-        before = _estimate_candidates(footer, columns, group_starts)
+        before = estimate_items(footer, columns.struct or columns.doc_id, group_starts)
     else:
         is_start = np.ones(len(hashes), dtype=bool)
         is_start[1:] = hashes[1:] != hashes[:-1]
@@ -232,11 +232,8 @@ def _scan_file(file: FileInfo, footer: pq.FileMetaData, columns: Columns) -> Fil
     )
 
 
-def _estimate_candidates(
-    footer: pq.FileMetaData, columns: Columns, group_starts: NDArray[np.int64]
-) -> NDArray[np.int64]:
-    """Candidates before each row, [rows + 1], spreading each row group's number of list items evenly."""
-    top = columns.struct or columns.doc_id
+def estimate_items(footer: pq.FileMetaData, top: str, group_starts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Items of the list column `top` before each row, [rows + 1], spreading each row group's number of them evenly."""
     values = []
     for g in range(footer.num_row_groups):
         group = footer.row_group(g)
@@ -246,12 +243,12 @@ def _estimate_candidates(
     return np.asarray(np.interp(np.arange(group_starts[-1] + 1), group_starts, totals), dtype=np.int64)
 
 
-def _query_hashes(file: FileInfo, footer: pq.FileMetaData, columns: Columns) -> NDArray[np.uint64]:
-    names = [columns.query_id]
+def column_hashes(file: FileInfo, footer: pq.FileMetaData, name: str) -> NDArray[np.uint64]:
+    """`hash_ids` of a whole column of ids or texts, uint64 [rows]. Raises InputError where it is damaged."""
     parts = [np.empty(0, dtype=np.uint64)]
-    with naming_damage(f"{file.location}: column {columns.query_id!r} cannot be read"), open_input(file) as source:
-        for batch in read_batches(source, footer, names, names, max_rows=1 << 17):
-            parts.append(hash_ids(batch.column(columns.query_id)))
+    with naming_damage(f"{file.location}: column {name!r} cannot be read"), open_input(file) as source:
+        for batch in read_batches(source, footer, [name], [name], max_rows=1 << 17):
+            parts.append(hash_ids(batch.column(name)))
     return np.concatenate(parts)
 
 

@@ -264,10 +264,16 @@ def _shape(kind: pa.DataType) -> str:
 
 
 class Finder:
-    """Looks up columns by role in one schema."""
+    """Looks up columns by role in one schema: by a configured name, or else by the usual ones in `aliases`."""
 
-    def __init__(self, schema: pa.Schema, names: Mapping[str, str], file: str) -> None:
-        self.schema, self.names, self.file = schema, names, file
+    def __init__(
+        self,
+        schema: pa.Schema,
+        names: Mapping[str, str],
+        file: str,
+        aliases: Mapping[str, tuple[str, ...]] = ALIASES,
+    ) -> None:
+        self.schema, self.names, self.file, self.aliases = schema, names, file, aliases
 
     def has(self, role: str) -> bool:
         """Whether there is a column for `role`."""
@@ -285,13 +291,13 @@ class Finder:
         found = self.optional(role)
         if found is None:
             raise InputError(
-                f"{self.file} has no column for {role} (looked for {', '.join(ALIASES[role][:4])} …); it has"
+                f"{self.file} has no column for {role} (looked for {', '.join(self.aliases[role][:4])} …); it has"
                 f" {', '.join(self.schema.names)}.{self._suggest(role)} Set columns: {{{role}: <its name>}}"
             )
         return found
 
     def _by_alias(self, role: str) -> str | None:
-        return next((name for name in ALIASES[role] if name in self.schema.names), None)
+        return next((name for name in self.aliases[role] if name in self.schema.names), None)
 
     def check_present(self, name: str, setting: str) -> None:
         """Raises InputError unless there is a column `name`, which `setting` asks for."""

@@ -285,7 +285,7 @@ def _mine_unit(unit_id: str, rows: pa.Table, context: MineContext, results_id: s
         f"completeness/part-{unit_id}.parquet": to_parquet(completeness) if completeness.num_rows else None,
         f"quarantine/part-{unit_id}.parquet": to_parquet(quarantine) if refused.num_rows else None,
     }
-    stored = [_store(path, body, context.output) for path, body in files.items() if body is not None]
+    stored = [store(path, body, context.output) for path, body in files.items() if body is not None]
     return UnitRecord(unit_id, context.plan.fingerprint, counts, tuple(stored))
 
 
@@ -447,7 +447,7 @@ def _completeness(unit: _Unit, mined: Sequence[_Query], num_candidates: NDArray[
     return pa.table(columns, schema=_COMPLETENESS_SCHEMA)
 
 
-def _store(path: str, body: bytes, output: Location) -> StoredFile:
+def store(path: str, body: bytes, output: Location) -> StoredFile:
     """Creates a file whose bytes depend on the unit alone: one that is there already is this one."""
     stored = put_new(output / path, body)
     if stored != body:

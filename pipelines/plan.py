@@ -85,7 +85,7 @@ def make(inputs: Inputs, parts: Mapping[str, str], *, shard_candidates: int | No
     two_phase = force_two_phase or not inputs.is_clustered
     shards: list[Shard] = []
     for index, scan in enumerate(inputs.scans):
-        for start, end, num_candidates in _cut(scan, target, anywhere=two_phase):
+        for start, end, num_candidates in cut(scan, target, anywhere=two_phase):
             shards.append(_shard(len(shards), index, scan, start, end, num_candidates))
     if not shards:  # an empty part still gives readers the schema
         shards = [_shard(0, 0, inputs.scans[0], 0, 0, 0)]
@@ -121,7 +121,7 @@ def _shard(index: int, file: int, scan: FileScan, start: int, end: int, num_cand
     return Shard(f"{index:06d}-{digest}", file, start, end, num_candidates)
 
 
-def _cut(scan: FileScan, target: int, anywhere: bool) -> list[tuple[int, int, int]]:
+def cut(scan: FileScan, target: int, anywhere: bool) -> list[tuple[int, int, int]]:
     """Row ranges of about `target` candidates as (start, end, candidates), on row-group bounds where one is near."""
     if scan.num_rows == 0:
         return []

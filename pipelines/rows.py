@@ -157,13 +157,13 @@ def check(
     query_ids = _ids(raw.query_id, "query_id_missing", reasons, details)
     doc_ids = _ids(raw.doc_id, "doc_id_missing", reasons, details)
     if raw.query is not None:
-        query_texts = _own_texts(raw.query, None, "query", max_text_bytes)
+        query_texts = own_texts(raw.query, None, "query", max_text_bytes)
     else:
-        query_texts = _stored_texts(queries, query_ids, "query")
+        query_texts = stored_texts(queries, query_ids, "query")
     if raw.text is not None:
-        documents = _own_texts(raw.text, raw.title, "document", max_text_bytes)
+        documents = own_texts(raw.text, raw.title, "document", max_text_bytes)
     else:
-        documents = _stored_texts(corpus, doc_ids, "document")
+        documents = stored_texts(corpus, doc_ids, "document")
     for texts in (query_texts, documents):
         for i, (_, problem) in enumerate(texts):
             if problem is not None and reasons[i] is None:
@@ -197,28 +197,29 @@ def _ids(column: pa.Array, missing: str, reasons: list[str | None], details: lis
 
 
 #: A text that can be scored, or None and why not: a reason, and after ": " a detail.
-_Checked = tuple[str | None, str | None]
+Checked = tuple[str | None, str | None]
 
 
-def _own_texts(column: pa.Array, titles: pa.Array | None, kind: str, max_text_bytes: int) -> list[_Checked]:
+def own_texts(column: pa.Array, titles: pa.Array | None, kind: str, max_text_bytes: int) -> list[Checked]:
     """Each row's text from a column of the file. Equal texts share one string."""
     distinct, rows = distinct_texts(column, titles, max_text_bytes)
-    checked = [_check(text, kind) for text in distinct]
+    checked = [check_text(text, kind) for text in distinct]
     return [checked[row] for row in rows]
 
 
-def _stored_texts(store: TextStore | None, ids: Sequence[str | None], kind: str) -> list[_Checked]:
+def stored_texts(store: TextStore | None, ids: Sequence[str | None], kind: str) -> list[Checked]:
     """Each row's text from a store, by its id. Equal ids share one string."""
     if store is None:
         raise ValueError(f"no column and no table for the {kind} texts")
     distinct = list(dict.fromkeys(id_ for id_ in ids if id_ is not None))
-    checked: dict[str | None, _Checked] = {None: (None, None)}  # the missing id is the reason
+    checked: dict[str | None, Checked] = {None: (None, None)}  # the missing id is the reason
     for id_, (text, problem) in zip(distinct, store.lookup(distinct), strict=True):
-        checked[id_] = _check(text, kind) if problem is None else (None, f"{kind}_{problem}")
+        checked[id_] = check_text(text, kind) if problem is None else (None, f"{kind}_{problem}")
     return [checked[id_] for id_ in ids]
 
 
-def _check(text: Text, kind: str) -> _Checked:
+def check_text(text: Text, kind: str) -> Checked:
+    """A text that can be scored, or None and why not; `kind` is query or document."""
     if text is None:
         return None, f"{kind}_missing"
     if isinstance(text, int):

@@ -38,6 +38,13 @@ REASONS: Mapping[str, str] = {
     "scoring_error": "the model raised an error on this candidate alone",
     "scoring_crash": "the scoring process died on this candidate alone",
     "unreadable": "the input file is damaged at this row",
+    "query_not_text": "the query is something else than text",
+    "document_not_text": "the document is something else than text",
+    "documents_refused": "none of the row's documents can be used, or not the positive, or no negative",
+    "label_not_finite": "the label is missing or not a finite number",
+    "weight_not_finite": "the weight is missing, negative or not a finite number",
+    "line_broken": "the line is not one JSON object, or has not three fields",
+    "line_too_large": "the line is longer than 64 MiB",
 }
 
 

@@ -152,10 +152,15 @@ def _row(shard_id: str, kind: Kind, **values: Any) -> pa.Table:
 
 
 def _failure(shard_id: str, error: BaseException) -> pa.Table:
+    return _row(shard_id, "failure", message=failure_message(error))
+
+
+def failure_message(error: BaseException) -> str:
+    """An error as a text that `raise_failure` raises again, without credentials."""
     kinds = {"input": InputError, "conflict": RunConflictError, "storage": OSError}
     kind = next((name for name, kind in kinds.items() if isinstance(error, kind)), "other")
     text = str(error) if isinstance(error, CrossEncError) else f"{type(error).__name__}: {error}"
-    return _row(shard_id, "failure", message=f"{kind}\n{redact(text)}")
+    return f"{kind}\n{redact(text)}"
 
 
 class ScoreShards:

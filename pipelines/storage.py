@@ -342,11 +342,12 @@ def _listed(location: Location, detail: Mapping[str, Any]) -> FileInfo | None:
     return info(location)
 
 
-def expand(location: Location, suffix: str) -> list[FileInfo]:
+def expand(location: Location, suffix: str | tuple[str, ...]) -> list[FileInfo]:
     """The data files that `location` names: itself, the files of a folder, or the matches of a glob.
 
     A file that is named whole, or matched whole by a glob, is taken whatever its suffix. In folders only names ending
-    in `suffix` count. Names starting with "_" or "." are metadata of other tools, in folders and for globs.
+    in `suffix`, or in one of several, count. Names starting with "_" or "." are metadata of other tools, in folders
+    and for globs.
     Raises InputError when nothing is there.
     """
     single = info(location)
@@ -354,11 +355,12 @@ def expand(location: Location, suffix: str) -> list[FileInfo]:
         return [single]
     found = _matches(location, suffix) if has_magic(location.path) else _files_in(location, suffix)
     if not found:
-        raise InputError(f"there is no {suffix} file at {location}: check the path, or the prefix and the bucket")
+        kinds = suffix if isinstance(suffix, str) else " or ".join(suffix)
+        raise InputError(f"there is no {kinds} file at {location}: check the path, or the prefix and the bucket")
     return found
 
 
-def _matches(pattern: Location, suffix: str) -> list[FileInfo]:
+def _matches(pattern: Location, suffix: str | tuple[str, ...]) -> list[FileInfo]:
     details = _retrying(lambda fs: fs.glob(pattern.path, detail=True), pattern, "list")
     found: dict[str, FileInfo] = {}  # a glob with ** matches a folder and again what is in it
     for path, detail in sorted(details.items()):
@@ -372,7 +374,7 @@ def _matches(pattern: Location, suffix: str) -> list[FileInfo]:
     return list(found.values())
 
 
-def _files_in(folder: Location, suffix: str) -> list[FileInfo]:
+def _files_in(folder: Location, suffix: str | tuple[str, ...]) -> list[FileInfo]:
     root = len(folder.path.rstrip("/")) + 1
     return [
         entry
