@@ -10,6 +10,7 @@ from rich.console import Console
 from jobs import config as job_config
 from jobs import runtime
 from pipelines.config import RerankConfig
+from pipelines.execute import needs
 from pipelines.estimate import Estimate, estimate
 from pipelines.model import Model
 from pipelines.rerank import Outcome, rerank
@@ -34,7 +35,7 @@ def run(
         with runtime.disconnected_at_end():
             outcome = rerank(
                 config,
-                connect=lambda: runtime.connect(config, stop),
+                connect=lambda: runtime.connect(config.ray_address, lambda cores: needs(config, cores), stop),
                 stream=sys.stderr,
                 should_stop=stop,
                 model=model,

@@ -12,7 +12,7 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
@@ -20,7 +20,6 @@ import ray
 
 from crossenc.errors import ConfigError, CrossEncError, InputError, RunConflictError
 from pipelines import execute
-from pipelines.config import RerankConfig
 from pipelines.progress import visible
 from pipelines.storage import redact
 
@@ -94,31 +93,32 @@ def prepare() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # workers begin, and end, seconds earlier
     # Ray prints, as an error, that Ray Data keeps its own actors' arguments in the object store; see ray #53727.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("ray").setLevel(logging.ERROR)
 
 
-def connect(config: RerankConfig, stop: StopSignal) -> int:
+def connect(ray_address: str | None, needs: Callable[[int], Mapping[str, float]], stop: StopSignal) -> int:
     """Connects to the cluster that the job or RAY_ADDRESS names, or starts a local one; returns a node's cores.
 
-    Raises ConfigError where this machine, as a local cluster, lacks the GPUs that the job asks for, and
-    KeyboardInterrupt where the process was asked to stop meanwhile.
+    `needs` says how many CPUs and GPUs the job holds at once, given a node's cores. Raises ConfigError where this
+    machine, as a local cluster, lacks the GPUs, and KeyboardInterrupt where the process was asked to stop meanwhile.
     """
     if ray.is_initialized():  # the second phase of a run asks again
         return _cores()
-    address = config.ray_address or os.environ.get("RAY_ADDRESS")
+    address = ray_address or os.environ.get("RAY_ADDRESS")
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address:
         _start_ray(stop, address=address, **quiet)
     else:
         # CPUs are only counted, not bound: with one to spare, reading and writing find room beside scoring.
-        num_cpus = math.ceil(execute.needs(config, _cores())["CPU"]) + 1
+        num_cpus = math.ceil(needs(_cores())["CPU"]) + 1
         _start_ray(stop, address="local", num_cpus=max(num_cpus, _cores()), include_dashboard=False, **quiet)
-        shortage = execute.describe_shortage(config, _cores())
+        shortage = execute.describe_shortage(needs(_cores()))
         if shortage:
-            raise ConfigError(f"{shortage} on this machine; lower scoring.actors or scoring.gpus_per_actor")
+            raise ConfigError(f"{shortage} on this machine; ask for fewer actors, workers or GPUs")
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     stop.drain()

@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,12 +77,12 @@ def needs(config: RerankConfig, cores: int) -> dict[str, float]:
     }
 
 
-def describe_shortage(config: RerankConfig, cores: int) -> str:
-    """What the cluster lacks for the job as it is now, in words; empty where it lacks nothing."""
+def describe_shortage(needs: Mapping[str, float]) -> str:
+    """What the cluster as it is now lacks of these CPUs and GPUs, in words; empty where it lacks nothing."""
     have = ray.cluster_resources()
     lacking = [
         f"{wanted:g} {kind}s are needed and Ray has {have.get(kind, 0):g}"
-        for kind, wanted in needs(config, cores).items()
+        for kind, wanted in needs.items()
         if wanted > have.get(kind, 0)
     ]
     return "; ".join(lacking)

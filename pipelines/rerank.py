@@ -313,7 +313,7 @@ class _Run:
         begun: set[str] | None = None  # set once stopping: the shards that are still to come back
         seen: set[str] = set()
         deadline = 0.0
-        quiet = _Quiet(lambda: execute.describe_shortage(config, cores))
+        quiet = _Quiet(lambda: execute.describe_shortage(execute.needs(config, cores)))
         with contextlib.closing(execute.run(todo, cluster, config, cpus_per_actor)) as results:
             for result in results:
                 if result is not None:

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from crossenc.errors import InputError
-from crossenc.training.lists import offsets_of
+from crossenc.loop.lists import offsets_of
 from pipelines import train_layout as layouts
 from pipelines.inputs import (
     FileScan,

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 
 from crossenc.errors import CrossEncError
 from crossenc.records import TokenizedPairs
-from crossenc.training.lists import LabelStatistics, concatenate_pairs, offsets_of
+from crossenc.loop.lists import LabelStatistics, concatenate_pairs, offsets_of
 from pipelines.inputs import check_unchanged
 from pipelines.mine_shard import StoredFile, store
 from pipelines.plan import InputFile

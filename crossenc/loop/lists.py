@@ -102,13 +102,15 @@ def concatenate_pairs(parts: Sequence[TokenizedPairs]) -> TokenizedPairs:
 
 def offsets_of(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     """Where each of several rows that are laid end to end starts, and where the last one ends, int64 [n + 1]."""
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
 
 
 def ranges(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     """The numbers starts[0], starts[0] + 1 …, `lengths[0]` of them, then those from starts[1], and so on."""
-    before = np.cumsum(lengths) - lengths
-    return np.arange(int(lengths.sum()), dtype=np.int64) + np.repeat(starts - before, lengths)
+    offsets = offsets_of(lengths)
+    return np.arange(offsets[-1], dtype=np.int64) + np.repeat(starts - offsets[:-1], lengths)
 
 
 def _take_pairs(pairs: TokenizedPairs, indices: NDArray[np.int64]) -> TokenizedPairs:
