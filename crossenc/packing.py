@@ -1,8 +1,9 @@
 """How the engine calls a model: on packed batches where it can be, and with its head in float32.
 
 A packed batch is one row of token ids, sequence after sequence without padding, whose positions start again in each.
-The backbone computes it as it is; the head then gets one row a sequence, as it does of a padded batch. Packing is
-a way to call a model, which stays as it was. Knows no texts, no batches' sizes and no devices' memory.
+The backbone computes it as it is; the head then gets one row a sequence, as it does of a padded batch. What is called
+is a copy that shares the model's weights: the model stays as it was, and other threads may use it meanwhile. Knows no
+texts, no batches' sizes and no devices' memory.
 
 Shape letters: T tokens, B pairs, D width of the model, L labels.
 """
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from crossenc.attention import PACKED_ATTENTION, Sequences, current_sequences, packed_attention
+from crossenc.attention import PACKED_ATTENTION, Sequences, current_sequences, packed_attention, register
 from crossenc.modules import Dense, Features, LayerNorm, Pooling, Transformer
 from crossenc.precision import is_narrow
 from crossenc.records import TokenizedPairs
@@ -40,15 +41,18 @@ class PackedForward:
     def __init__(self, network: nn.Module, device: torch.device) -> None:
         parts = _parts_of(network)
         assert parts is not None
-        self._model: PreTrainedModel = parts[0].model
-        self._view = scoring_view(network, is_packed=True)
-        self._last = _last_attention(self._model)
+        register()
+        transformer = _shallow_copy(parts[0])
+        transformer.model = _set_to_packed(transformer.model, {})
+        self._config: PretrainedConfig = transformer.model.config
+        self._last = _last_attention(transformer.model)
+        self._view = scoring_view(nn.Sequential(transformer, *parts[1]), is_packed=True)
         self._device = device
 
     def __call__(self, pairs: TokenizedPairs, batch: NDArray[np.int64]) -> Tensor:
         """Logits [B, L] of the pairs at `batch`, on the device."""
-        features, sequences = pack(pairs, batch, self._model.config, self._device)
-        with packed_attention(self._model, sequences, self._last):
+        features, sequences = pack(pairs, batch, self._config, self._device)
+        with packed_attention(sequences, self._last):
             logits: Tensor = self._view(features)["scores"]
         return logits
 
@@ -82,7 +86,7 @@ def _objections(network: nn.Module, device: torch.device) -> Iterator[str]:
         yield "it is configured to return attentions or hidden states"
     if getattr(config, "chunk_size_feed_forward", 0):
         yield "it is configured to feed forward in chunks"
-    if config._attn_implementation not in ("sdpa", PACKED_ATTENTION):
+    if config._attn_implementation != "sdpa":
         yield f"its attention is set to {config._attn_implementation}"
     if any(map(_is_altered, network.modules())):
         yield "it is compiled, or has hooks"
@@ -172,7 +176,7 @@ def scoring_view(network: nn.Module, is_packed: bool) -> nn.Module:
     seen = _shallow_copy(transformer)
     seen.model = _model_view(transformer.model, transformer.task, is_wide=is_wide, is_packed=is_packed)
     heads = [part if is_wide else copy.deepcopy(part).float() for part in heads]
-    return nn.Sequential(seen, *[_PackedPooling(part) if type(part) is Pooling else part for part in heads]).eval()
+    return nn.Sequential(seen, *[_PackedPooling(part) if type(part) is Pooling else part for part in heads])
 
 
 def _model_view(model: nn.Module, task: str, *, is_wide: bool, is_packed: bool) -> nn.Module:
@@ -208,10 +212,26 @@ def _with_child(module: nn.Module, path: list[str], child: nn.Module) -> nn.Modu
     return seen
 
 
+def _set_to_packed(module: AnyModule, configs: dict[int, PretrainedConfig]) -> AnyModule:
+    """The module with the same weights and PACKED_ATTENTION in its `configs`, which are copied, each once."""
+    seen = _shallow_copy(module)
+    for name, child in module._modules.items():
+        if child is not None:
+            seen._modules[name] = _set_to_packed(child, configs)
+    config = vars(module).get("config")
+    if isinstance(config, PretrainedConfig):
+        if id(config) not in configs:
+            configs[id(config)] = copy.copy(config)
+            configs[id(config)]._attn_implementation = PACKED_ATTENTION
+        vars(seen)["config"] = configs[id(config)]
+        return seen
+    return seen if any(child is not module._modules[name] for name, child in seen._modules.items()) else module
+
+
 def _shallow_copy(module: AnyModule) -> AnyModule:
     """A module with the same parameters and children, whose children can be replaced."""
-    seen = copy.copy(module)
-    seen._modules = dict(module._modules)
+    seen = object.__new__(type(module))
+    vars(seen).update(vars(module), _modules=dict(module._modules))
     return seen
 
 
