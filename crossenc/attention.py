@@ -133,23 +133,32 @@ def attend(
     sequences: Sequences,
     window: int | None = None,
     *,
+    bias: Tensor | None = None,
     first_only: bool = False,
 ) -> Tensor:
     """Attention within each sequence: query, key and value [T, H, E] to states [T, H, E].
 
-    With a `window`, a token sees those at most so many tokens away. With `first_only` the states of all but first
-    tokens are zeros, and cost nothing.
+    With a `window`, a token sees those at most so many tokens away. A `bias` [H, W, W], of which shorter sequences
+    take the first rows and columns, is added before the softmax; it goes without a window. With `first_only` the
+    states of all but first tokens are zeros, and cost nothing.
     """
     asked = query[sequences.first_tokens] if first_only else query
     # The kernel would place a lone query at the end of its window.
-    by_kernel = _takes_varlen(query) and not (first_only and window is not None)
-    attention = _varlen if by_kernel else _by_length
-    states = attention(asked, key, value, scale, sequences, window)
+    if bias is None and _takes_varlen(query) and not (first_only and window is not None):
+        states = _varlen(asked, key, value, scale, sequences, window)
+    else:
+        states = _by_length(asked, key, value, scale, sequences, window, bias)
     return torch.zeros_like(query).index_copy(0, sequences.first_tokens, states) if first_only else states
 
 
 def _by_length(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, sequences: Sequences, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    sequences: Sequences,
+    window: int | None,
+    bias: Tensor | None,
 ) -> Tensor:
     """Neighbours of equal length at once; a query of all tokens [T, H, E], or of first ones [B, H, E]."""
     by_product = query.device.type == "cpu" and is_narrow(query.dtype) and is_fast_in_bfloat16(query.device)
@@ -163,7 +172,10 @@ def _by_length(
             states.view(num_sequences, -1, *query.shape[1:]).transpose(1, 2)
             for states in (asked, key[first:end], value[first:end])
         )
-        if window is not None and length > window + 1:
+        if bias is not None:
+            mask = bias[:, :num_queries, :length]
+            states = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        elif window is not None and length > window + 1:
             mask = sequences.window_mask(length, window)[:num_queries]
             states = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         elif by_product and length <= MAX_PRODUCT_TOKENS:

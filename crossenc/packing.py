@@ -18,15 +18,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from crossenc import mpnet
 from crossenc.attention import PACKED_ATTENTION, Sequences, current_sequences, packed_attention, register
 from crossenc.modules import Dense, Features, LayerNorm, Pooling, Transformer
 from crossenc.precision import is_narrow
 from crossenc.records import TokenizedPairs
 
-#: Encoders of transformers whose attention goes through its registry and knows no position but position_ids.
-FAMILIES = ("bert", "roberta", "xlm-roberta", "electra", "distilbert", "modernbert")
+#: Encoders of transformers whose attention goes through its registry and knows no position but position_ids; and
+#: MPNet, whose attention is replaced.
+FAMILIES = ("bert", "roberta", "xlm-roberta", "electra", "distilbert", "modernbert", "mpnet")
 #: Those that count positions from the padding id on, and skip padding ids in the text.
-_COUNTS_FROM_PADDING = ("roberta", "xlm-roberta")
+_COUNTS_FROM_PADDING = ("roberta", "xlm-roberta", "mpnet")
 #: Those built like BERT, whose last layer is spared all but first tokens: a sixth of MiniLM-L6's time.
 _BUILT_LIKE_BERT = ("bert", "roberta", "xlm-roberta", "electra")
 #: Where the forwards are defined that call one part after the other.
@@ -44,14 +46,18 @@ class PackedForward:
         register()
         transformer = _shallow_copy(parts[0])
         transformer.model = _set_to_packed(transformer.model, {})
-        self._config: PretrainedConfig = transformer.model.config
+        kind = transformer.model.config.model_type
+        if kind == "mpnet":
+            transformer.model = _with_packed_mpnet(transformer.model)
+        is_counted = kind in _COUNTS_FROM_PADDING
+        self._padding_id: int | None = transformer.model.base_model.embeddings.padding_idx if is_counted else None
         self._last = _last_attention(transformer.model)
         self._view = scoring_view(nn.Sequential(transformer, *parts[1]), is_packed=True)
         self._device = device
 
     def __call__(self, pairs: TokenizedPairs, batch: NDArray[np.int64]) -> Tensor:
         """Logits [B, L] of the pairs at `batch`, on the device."""
-        features, sequences = pack(pairs, batch, self._config, self._device)
+        features, sequences = pack(pairs, batch, self._padding_id, self._device)
         with packed_attention(sequences, self._last):
             logits: Tensor = self._view(features)["scores"]
         return logits
@@ -86,7 +92,7 @@ def _objections(network: nn.Module, device: torch.device) -> Iterator[str]:
         yield "it is configured to return attentions or hidden states"
     if getattr(config, "chunk_size_feed_forward", 0):
         yield "it is configured to feed forward in chunks"
-    if config._attn_implementation != "sdpa":
+    if config._attn_implementation != ("eager" if config.model_type == "mpnet" else "sdpa"):
         yield f"its attention is set to {config._attn_implementation}"
     if any(map(_is_altered, network.modules())):
         yield "it is compiled, or has hooks"
@@ -119,11 +125,12 @@ def _is_altered(module: nn.Module) -> bool:
 
 
 def pack(
-    pairs: TokenizedPairs, batch: NDArray[np.int64], config: PretrainedConfig, device: torch.device
+    pairs: TokenizedPairs, batch: NDArray[np.int64], padding_id: int | None, device: torch.device
 ) -> tuple[Features, Sequences]:
     """The pairs at `batch` end to end: model inputs, each int64 [1, T], and where the pairs lie.
 
-    `config` is the model's, whose kind decides how positions count. All goes to the device in one copy.
+    Positions count from `padding_id` on and skip it in the text, or from 0 where that is None. All goes to the device
+    in one copy.
     """
     lengths = pairs.lengths[batch]
     starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
@@ -132,8 +139,8 @@ def pack(
     source = np.repeat(pairs.offsets[batch], lengths) + places
     input_ids = pairs.input_ids[source]
     rows = {"input_ids": input_ids, "position_ids": places}
-    if config.model_type in _COUNTS_FROM_PADDING:
-        rows["position_ids"] = _positions_of_text(input_ids != config.pad_token_id, starts, config.pad_token_id)
+    if padding_id is not None:
+        rows["position_ids"] = _positions_of_text(input_ids != padding_id, starts, padding_id)
     if pairs.token_type_ids is not None:
         rows["token_type_ids"] = pairs.token_type_ids[source]
     sent = to_device(np.concatenate([*rows.values(), starts], dtype=np.int32, casting="same_kind"), device)
@@ -202,6 +209,19 @@ def _with_short_last_layer(backbone: nn.Module) -> nn.Module:
     path = ["encoder", "layer", last, "attention", "output"]
     output = backbone.get_submodule(".".join(path))
     return _with_child(backbone, path, _FirstTokens(output))
+
+
+def _with_packed_mpnet(model: nn.Module) -> nn.Module:
+    """An MPNet with the same weights whose layers have the attention of crossenc.mpnet."""
+    path = [] if model.base_model is model else [str(model.base_model_prefix)]
+    path.append("encoder")
+    encoder: Any = model.get_submodule(".".join(path))
+    seen: Any = _shallow_copy(encoder)
+    seen.compute_position_bias = mpnet.longest_bias(encoder)
+    for i, layer in enumerate(encoder.layer):
+        attention = mpnet.PackedSelfAttention(layer.get_submodule(".".join(mpnet.ATTENTION)))
+        seen = _with_child(seen, ["layer", str(i), *mpnet.ATTENTION], attention)
+    return _with_child(model, path, seen)
 
 
 def _with_child(module: nn.Module, path: list[str], child: nn.Module) -> nn.Module:

@@ -49,9 +49,9 @@ PACKED: dict[str, dict[str, Any]] = {
     "distilbert": {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4},
     "modernbert cls": MODERNBERT | {"local_attention": 8, "classifier_pooling": "cls"},
     "modernbert mean": MODERNBERT | {"local_attention": 8, "classifier_pooling": "mean"},
+    "mpnet": {},
 }
 PADDED: dict[str, dict[str, Any]] = {
-    "mpnet": {"relative_attention_num_buckets": 32},
     "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "type_vocab_size": 2},
     "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
 }
@@ -109,6 +109,7 @@ def random_pairs(lengths: list[int], seed: int = 0, with_types: bool = True, sma
 PACKED_ENGINES: dict[str, Callable[[], Engine]] = {
     **{name: (lambda name=name: classifier(name)) for name in PACKED},
     **{f"pooling by {mode}": (lambda mode=mode: engine_of(*modular(mode))) for mode in POOLING_MODES},
+    "mpnet pooled": lambda: engine_of(*modular("mean", "mpnet")),
     "pooling by three": lambda: engine_of(*modular(["mean", "cls", "max"], "modernbert mean")),
 }
 
@@ -178,7 +179,6 @@ def test_the_last_layer_feeds_forward_first_tokens_alone(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("mpnet", "MPNetForSequenceClassification is not known"),
         ("deberta-v2", "DebertaV2ForSequenceClassification is not known"),
         ("qwen3", "Qwen3ForSequenceClassification is not known"),
     ],
@@ -260,7 +260,6 @@ def test_packing_leaves_the_model_as_it_was(packed: Engine) -> None:
     modules = [id(module) for module in packed.network.modules()]
     configuration = copy.deepcopy(vars(model.config))
     packed.score(random_pairs([5, 9, 30]))
-    assert model.config._attn_implementation == "sdpa"
     assert vars(model.config) == configuration
     assert [id(module) for module in packed.network.modules()] == modules
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
