@@ -1,7 +1,8 @@
 """Attention of sequences that lie end to end without padding, each of which sees itself alone.
 
-transformers' encoders call their attention through a registry; inside `packed_attention` they find this one there.
-Knows no model and no scores.
+transformers' encoders call their attention through a registry, by the name that their configuration has for it. One
+whose configuration says PACKED_ATTENTION finds this one there, and may be called inside of `packed_attention`. Knows
+no model and no scores.
 
 Shape letters: T tokens of all sequences, B sequences, N sequences of one length, W tokens of each, H heads, E width
 of a head.
@@ -14,7 +15,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from inspect import signature
 from itertools import groupby
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -23,9 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from crossenc.precision import is_fast_in_bfloat16, is_narrow
 
@@ -36,7 +34,7 @@ from crossenc.precision import is_fast_in_bfloat16, is_narrow
 #: 6, 7, 12 and 18 ms against 29, 81, 160 and 340.
 MAX_PRODUCT_TOKENS = 256
 
-#: What a model's attention is set to while it computes a packed batch.
+#: What the attention of a model for packed batches is set to.
 PACKED_ATTENTION = "crossenc_packed"
 
 
@@ -83,8 +81,6 @@ class _Call:
 
 
 _current: ContextVar[_Call | None] = ContextVar("the packed forward pass of this thread", default=None)
-#: An attention implementation is an attribute of a model's configuration, which models may share: threads take turns.
-_lock = Lock()
 
 
 def current_sequences() -> Sequences | None:
@@ -93,40 +89,35 @@ def current_sequences() -> Sequences | None:
     return None if call is None else call.sequences
 
 
-@contextmanager
-def packed_attention(
-    model: PreTrainedModel, sequences: Sequences, last: torch.nn.Module | None = None
-) -> Iterator[None]:
-    """Let calls of `model` in this thread take [1, T] tokens for `sequences`; it is as before after the block.
-
-    The attention module `last`, if any, gives the states of first tokens alone, and zeros for the others. Calls in
-    other threads meanwhile compute what they always do.
-    """
+def register() -> None:
+    """Make PACKED_ATTENTION known to transformers."""
     AttentionInterface.register(PACKED_ATTENTION, _attention)
     AttentionMaskInterface.register(PACKED_ATTENTION, _mask)
-    with _lock:
-        before = model.config._attn_implementation
-        token = _current.set(_Call(sequences, last))
-        try:
-            model.set_attn_implementation(PACKED_ATTENTION)
-            yield
-        finally:
-            model.set_attn_implementation(before)
-            _current.reset(token)
 
 
-def _mask(*args: Any, **settings: Any) -> Tensor | None:
-    return None if _current.get() is not None else sdpa_mask(*args, **settings)
+@contextmanager
+def packed_attention(sequences: Sequences, last: torch.nn.Module | None = None) -> Iterator[None]:
+    """Let models whose attention is PACKED_ATTENTION take [1, T] tokens for `sequences`, in this thread.
+
+    The attention module `last`, if any, gives the states of first tokens alone, and zeros for the others.
+    """
+    token = _current.set(_Call(sequences, last))
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def _mask(*_: Any, **__: Any) -> None:
+    """No mask, whatever transformers asks for: sequences see themselves alone anyway."""
 
 
 def _attention(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, _: Tensor | None, **settings: Any
 ) -> tuple[Tensor, None]:
     """As transformers calls it: query, key and value [1, H, T, E] to states [1, T, H, E], and no weights."""
     call = _current.get()
-    if call is None:  # a padded call in another thread
-        unpacked: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
-        return unpacked
+    assert call is not None  # packed batches alone come here
     reach = settings.get("sliding_window")  # counts the token itself
     scale = query.shape[-1] ** -0.5 if settings.get("scaling") is None else settings["scaling"]
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
@@ -136,7 +127,7 @@ def _attention(
     return states.unsqueeze(0), None
 
 
-def attend(
+def attend(  # noqa: PLR0913
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -144,21 +135,23 @@ def attend(
     sequences: Sequences,
     window: int | None = None,
     *,
+    bias: Tensor | None = None,
     dropout: float = 0.0,
     first_only: bool = False,
 ) -> Tensor:
     """Attention within each sequence: query, key and value [T, H, E] to states [T, H, E].
 
-    With a `window`, a token sees those at most so many tokens away. `dropout` is the share of weights that training
-    leaves out. With `first_only` the states of all but first tokens are zeros, and cost nothing.
+    With a `window`, a token sees those at most so many tokens away. A `bias` [H, W, W], of which shorter sequences
+    take the first rows and columns, is added before the softmax; it goes without a window. `dropout` is the share of
+    weights that training leaves out. With `first_only` the states of all but first tokens are zeros, and cost nothing.
     """
     asked = query[sequences.first_tokens] if first_only else query
     # The kernel would place a lone query at the end of its window, and leaves no weights out.
-    by_kernel = _takes_varlen(query) and not (first_only and window is not None) and not dropout
+    by_kernel = bias is None and not dropout and _takes_varlen(query) and not (first_only and window is not None)
     if by_kernel:
         states = _varlen(asked, key, value, scale, sequences, window)
     else:
-        states = _by_length(asked, key, value, scale, sequences, window, dropout)
+        states = _by_length(asked, key, value, scale, sequences, window, bias, dropout)
     return torch.zeros_like(query).index_copy(0, sequences.first_tokens, states) if first_only else states
 
 
@@ -169,6 +162,7 @@ def _by_length(
     scale: float,
     sequences: Sequences,
     window: int | None,
+    bias: Tensor | None,
     dropout: float,
 ) -> Tensor:
     """Neighbours of equal length at once; a query of all tokens [T, H, E], or of first ones [B, H, E]."""
@@ -183,7 +177,10 @@ def _by_length(
             states.view(num_sequences, -1, *query.shape[1:]).transpose(1, 2)
             for states in (asked, key[first:end], value[first:end])
         )
-        if window is not None and length > window + 1:
+        if bias is not None:
+            mask = bias[:, :num_queries, :length]
+            states = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
+        elif window is not None and length > window + 1:
             mask = sequences.window_mask(length, window)[:num_queries]
             states = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
         elif by_product and length <= MAX_PRODUCT_TOKENS:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from crossenc.activations import activation_name
 from crossenc.card import describe_dataset, measured_emissions
 from crossenc.errors import ConfigError, InputError, ScoreError
 from crossenc.losses import TextLoss
+from crossenc.pairs import label_tensors
 
 if TYPE_CHECKING:
     from crossenc.model import CrossEncoder
@@ -303,11 +303,7 @@ def _columns(batch: Sequence[InputExample]) -> list[list[Any]]:
 def _labels(batch: Sequence[InputExample], device: torch.device) -> Any:
     """The labels as a tensor, as a list of tensors where each is a list, or None where there are none."""
     labels = [example.label for example in batch]
-    if all(label is None for label in labels):
-        return None
-    if all(isinstance(label, list | tuple | np.ndarray | Tensor) and np.ndim(label) for label in labels):
-        return [torch.as_tensor(label, device=device) for label in labels]
-    return torch.tensor(labels, device=device)
+    return None if all(label is None for label in labels) else label_tensors(labels, device)
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -397,7 +397,7 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
 
         `task` would name one of several routes through a model; there is one here, so it changes nothing.
         """
-        queries, documents, _ = split_pairs(inputs)
+        queries, documents = split_pairs(inputs)
         pairs = self._tokenizer.encode(queries, documents, self._prompt(prompt, None))
         return self.batch_inputs(pairs, np.arange(len(pairs)))
 

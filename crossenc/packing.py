@@ -1,8 +1,9 @@
 """How the engine calls a model: on packed batches where it can be, and with its head in float32.
 
 A packed batch is one row of token ids, sequence after sequence without padding, whose positions start again in each.
-The backbone computes it as it is; the head then gets one row a sequence, as it does of a padded batch. Packing is
-a way to call a model, which stays as it was. Knows no texts, no batches' sizes and no devices' memory.
+The backbone computes it as it is; the head then gets one row a sequence, as it does of a padded batch. What is called
+is a copy that shares the model's weights: the model stays as it was, and other threads may use it meanwhile. Knows no
+texts, no batches' sizes and no devices' memory.
 
 Shape letters: T tokens, B pairs, D width of the model, L labels.
 """
@@ -17,15 +18,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from crossenc.attention import PACKED_ATTENTION, Sequences, current_sequences, packed_attention
+from crossenc import mpnet
+from crossenc.attention import PACKED_ATTENTION, Sequences, current_sequences, packed_attention, register
 from crossenc.modules import Dense, Features, LayerNorm, Pooling, Transformer
 from crossenc.precision import is_narrow
 from crossenc.records import TokenizedPairs
 
-#: Encoders of transformers whose attention goes through its registry and knows no position but position_ids.
-FAMILIES = ("bert", "roberta", "xlm-roberta", "electra", "distilbert", "modernbert")
+#: Encoders of transformers whose attention goes through its registry and knows no position but position_ids; and
+#: MPNet, whose attention is replaced.
+FAMILIES = ("bert", "roberta", "xlm-roberta", "electra", "distilbert", "modernbert", "mpnet")
 #: Those that count positions from the padding id on, and skip padding ids in the text.
-_COUNTS_FROM_PADDING = ("roberta", "xlm-roberta")
+_COUNTS_FROM_PADDING = ("roberta", "xlm-roberta", "mpnet")
 #: Those built like BERT, whose last layer is spared all but first tokens: a sixth of MiniLM-L6's time.
 _BUILT_LIKE_BERT = ("bert", "roberta", "xlm-roberta", "electra")
 #: Where the forwards are defined that call one part after the other.
@@ -40,16 +43,23 @@ class PackedForward:
     def __init__(self, network: nn.Module, device: torch.device) -> None:
         parts = _parts_of(network)
         assert parts is not None
-        self._model: PreTrainedModel = parts[0].model
+        register()
+        transformer = _shallow_copy(parts[0])
+        transformer.model = _set_to_packed(transformer.model, {})
+        kind = transformer.model.config.model_type
+        if kind == "mpnet":
+            transformer.model = _with_packed_mpnet(transformer.model)
+        is_counted = kind in _COUNTS_FROM_PADDING
+        self._padding_id: int | None = transformer.model.base_model.embeddings.padding_idx if is_counted else None
+        self._last = _last_attention(transformer.model)
         #: The network as it is called: its parameters are the network's own.
-        self.view = scoring_view(network, is_packed=True)
-        self._last = _last_attention(self._model)
+        self.view = scoring_view(nn.Sequential(transformer, *parts[1]), is_packed=True)
         self._device = device
 
     def __call__(self, pairs: TokenizedPairs, batch: NDArray[np.int64]) -> Tensor:
         """Logits [B, L] of the pairs at `batch`, on the device."""
-        features, sequences = pack(pairs, batch, self._model.config, self._device)
-        with packed_attention(self._model, sequences, self._last):
+        features, sequences = pack(pairs, batch, self._padding_id, self._device)
+        with packed_attention(sequences, self._last):
             logits: Tensor = self.view(features)["scores"]
         return logits
 
@@ -83,7 +93,7 @@ def _objections(network: nn.Module, device: torch.device) -> Iterator[str]:
         yield "it is configured to return attentions or hidden states"
     if getattr(config, "chunk_size_feed_forward", 0):
         yield "it is configured to feed forward in chunks"
-    if config._attn_implementation not in ("sdpa", PACKED_ATTENTION):
+    if config._attn_implementation != ("eager" if config.model_type == "mpnet" else "sdpa"):
         yield f"its attention is set to {config._attn_implementation}"
     if any(map(_is_altered, network.modules())):
         yield "it is compiled, or has hooks"
@@ -116,11 +126,12 @@ def _is_altered(module: nn.Module) -> bool:
 
 
 def pack(
-    pairs: TokenizedPairs, batch: NDArray[np.int64], config: PretrainedConfig, device: torch.device
+    pairs: TokenizedPairs, batch: NDArray[np.int64], padding_id: int | None, device: torch.device
 ) -> tuple[Features, Sequences]:
     """The pairs at `batch` end to end: model inputs, each int64 [1, T], and where the pairs lie.
 
-    `config` is the model's, whose kind decides how positions count. All goes to the device in one copy.
+    Positions count from `padding_id` on and skip it in the text, or from 0 where that is None. All goes to the device
+    in one copy.
     """
     lengths = pairs.lengths[batch]
     starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
@@ -129,8 +140,8 @@ def pack(
     source = np.repeat(pairs.offsets[batch], lengths) + places
     input_ids = pairs.input_ids[source]
     rows = {"input_ids": input_ids, "position_ids": places}
-    if config.model_type in _COUNTS_FROM_PADDING:
-        rows["position_ids"] = _positions_of_text(input_ids != config.pad_token_id, starts, config.pad_token_id)
+    if padding_id is not None:
+        rows["position_ids"] = _positions_of_text(input_ids != padding_id, starts, padding_id)
     if pairs.token_type_ids is not None:
         rows["token_type_ids"] = pairs.token_type_ids[source]
     sent = to_device(np.concatenate([*rows.values(), starts], dtype=np.int32, casting="same_kind"), device)
@@ -173,7 +184,7 @@ def scoring_view(network: nn.Module, is_packed: bool) -> nn.Module:
     seen = _shallow_copy(transformer)
     seen.model = _model_view(transformer.model, transformer.task, is_wide=is_wide, is_packed=is_packed)
     heads = [part if is_wide else copy.deepcopy(part).float() for part in heads]
-    return nn.Sequential(seen, *[_PackedPooling(part) if type(part) is Pooling else part for part in heads]).eval()
+    return nn.Sequential(seen, *[_PackedPooling(part) if type(part) is Pooling else part for part in heads])
 
 
 def _model_view(model: nn.Module, task: str, *, is_wide: bool, is_packed: bool) -> nn.Module:
@@ -201,6 +212,19 @@ def _with_short_last_layer(backbone: nn.Module) -> nn.Module:
     return _with_child(backbone, path, _FirstTokens(output))
 
 
+def _with_packed_mpnet(model: nn.Module) -> nn.Module:
+    """An MPNet with the same weights whose layers have the attention of crossenc.mpnet."""
+    path = [] if model.base_model is model else [str(model.base_model_prefix)]
+    path.append("encoder")
+    encoder: Any = model.get_submodule(".".join(path))
+    seen: Any = _shallow_copy(encoder)
+    seen.compute_position_bias = mpnet.longest_bias(encoder)
+    for i, layer in enumerate(encoder.layer):
+        attention = mpnet.PackedSelfAttention(layer.get_submodule(".".join(mpnet.ATTENTION)))
+        seen = _with_child(seen, ["layer", str(i), *mpnet.ATTENTION], attention)
+    return _with_child(model, path, seen)
+
+
 def _with_child(module: nn.Module, path: list[str], child: nn.Module) -> nn.Module:
     """The module with another one at `path`; what lies elsewhere is shared."""
     seen = _shallow_copy(module)
@@ -209,10 +233,26 @@ def _with_child(module: nn.Module, path: list[str], child: nn.Module) -> nn.Modu
     return seen
 
 
+def _set_to_packed(module: AnyModule, configs: dict[int, PretrainedConfig]) -> AnyModule:
+    """The module with the same weights and PACKED_ATTENTION in its `configs`, which are copied, each once."""
+    seen = _shallow_copy(module)
+    for name, child in module._modules.items():
+        if child is not None:
+            seen._modules[name] = _set_to_packed(child, configs)
+    config = vars(module).get("config")
+    if isinstance(config, PretrainedConfig):
+        if id(config) not in configs:
+            configs[id(config)] = copy.copy(config)
+            configs[id(config)]._attn_implementation = PACKED_ATTENTION
+        vars(seen)["config"] = configs[id(config)]
+        return seen
+    return seen if any(child is not module._modules[name] for name, child in seen._modules.items()) else module
+
+
 def _shallow_copy(module: AnyModule) -> AnyModule:
     """A module with the same parameters and children, whose children can be replaced."""
-    seen = copy.copy(module)
-    seen._modules = dict(module._modules)
+    seen = object.__new__(type(module))
+    vars(seen).update(vars(module), _modules=dict(module._modules))
     return seen
 
 

@@ -1,10 +1,12 @@
-"""Pairs of texts out of what users pass: lists, tuples, arrays, generators; or one bare pair."""
+"""Pairs of texts, and labels, out of what users pass: lists, tuples, arrays, generators; or one bare pair."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from crossenc.errors import InputError
 
@@ -18,12 +20,12 @@ def is_one_pair(inputs: object) -> bool:
     return isinstance(inputs, tuple | list) and len(inputs) == 2 and all(isinstance(text, str) for text in inputs)
 
 
-def split_pairs(inputs: Pair | Iterable[Pair] | NDArray[Any]) -> tuple[list[str], list[str], bool]:
-    """Queries, documents, and whether `inputs` is one bare pair. Raises InputError naming the first that is none."""
-    pairs, is_single = _listed(inputs)
+def split_pairs(inputs: Pair | Iterable[Pair] | NDArray[Any]) -> tuple[list[str], list[str]]:
+    """Queries and documents. Raises InputError naming the first input that is not a pair."""
+    pairs = _listed(inputs)
     for position, pair in enumerate(pairs):
         _check_pair(pair, position)
-    return [pair[0] for pair in pairs], [pair[1] for pair in pairs], is_single
+    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
 
 def split_texts(inputs: Iterable[Any]) -> tuple[list[Pair], list[int], list[str], list[int]]:
@@ -31,7 +33,7 @@ def split_texts(inputs: Iterable[Any]) -> tuple[list[Pair], list[int], list[str]
 
     Raises InputError naming the first input that is neither.
     """
-    items, _ = _listed(inputs)
+    items = _listed(inputs)
     texts = [place for place, item in enumerate(items) if place > 0 and isinstance(item, str)]
     alone = set(texts)
     pairs = [place for place in range(len(items)) if place not in alone]
@@ -40,15 +42,22 @@ def split_texts(inputs: Iterable[Any]) -> tuple[list[Pair], list[int], list[str]
     return [items[place] for place in pairs], pairs, [items[place] for place in texts], texts
 
 
-def _listed(inputs: Any) -> tuple[list[Any], bool]:
-    """The inputs as a list, and whether it is one bare pair that was given."""
+def label_tensors(labels: Sequence[Any], device: torch.device | None = None) -> Tensor | list[Tensor]:
+    """The labels of B examples as a tensor [B], or as a list of B tensors where each label is a list."""
+    if all(isinstance(label, list | tuple) or getattr(label, "ndim", 0) > 0 for label in labels):
+        return [torch.as_tensor(label, device=device) for label in labels]
+    return torch.tensor(labels, device=device)
+
+
+def _listed(inputs: Any) -> list[Any]:
+    """The inputs as a list, of one where a bare pair was given."""
     if isinstance(inputs, str | Mapping) or hasattr(inputs, "columns"):
         raise InputError(
             f"give a (query, document) pair or several of them, not a {type(inputs).__name__}: of a table pass the"
             " rows, such as frame[['query', 'document']].values"
         )
     items = list(inputs)
-    return ([items], True) if is_one_pair(inputs) else (items, False)
+    return [items] if is_one_pair(inputs) else items
 
 
 def _check_pair(pair: Any, position: int) -> None:

@@ -13,7 +13,6 @@ import os
 import shutil
 import tempfile
 import uuid
-import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -99,7 +98,7 @@ class SaveMixin:
         and `train_datasets` (hub ids) are for the card. Weights are always safetensors.
         """
         if not safe_serialization:
-            warnings.warn("safe_serialization has no effect: weights are safetensors", DeprecationWarning, stacklevel=2)
+            warn_deprecated("The push_to_hub `safe_serialization` argument is deprecated: weights are safetensors")
         model = cast("CrossEncoder", self)
         api = HfApi(token=token)
         place = api.create_repo(repo_id, private=private, exist_ok=exist_ok or create_pr, repo_type="model")
@@ -139,7 +138,7 @@ class SaveMixin:
         train_datasets: Sequence[str] | None = None,
     ) -> str:
         """The old name of `push_to_hub`; `organization` is the part of `repo_id` before the slash."""
-        warnings.warn("save_to_hub is deprecated: call push_to_hub", DeprecationWarning, stacklevel=3)
+        warn_deprecated("save_to_hub is deprecated: call push_to_hub", 4)  # through the decorator
         owner, _, name = repo_id.rpartition("/")
         if organization and owner not in ("", organization):
             raise ConfigError(f"{repo_id} is not of the organization {organization}: leave organization out")

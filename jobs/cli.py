@@ -2,7 +2,7 @@
 
 import typer
 
-from jobs import export, mine, rerank, status
+from jobs import export, mine, rerank, status, train
 
 app = typer.Typer(
     name="crossenc",
@@ -11,6 +11,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("rerank")(rerank.command)
+app.command("train")(train.command)
 app.command("export")(export.command)
 app.command("mine")(mine.command)
 app.command("status")(status.command)

@@ -7,9 +7,10 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from rich.console import Console
 
 from crossenc.errors import ConfigError
-from pipelines.storage import FileInfo, info, locate, read_bytes
+from pipelines.storage import FileInfo, info, locate, read_bytes, redact_options
 
 Config = TypeVar("Config", bound=BaseModel)
 _MAX_BYTES = 1_000_000
@@ -27,6 +28,15 @@ def load(kind: type[Config], source: str, overrides: Sequence[str] = ()) -> Conf
         return kind.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(f"{source}: " + "; ".join(_explain(kind, problem) for problem in error.errors())) from None
+
+
+def show(config: BaseModel, lines: Sequence[str]) -> None:
+    """Print the settings as YAML, without credentials, and `lines` after them."""
+    shown = config.model_dump(mode="json")
+    shown["storage_options"] = redact_options(shown["storage_options"])
+    out = Console(highlight=False, soft_wrap=True)
+    out.print(yaml.safe_dump(shown, sort_keys=False).strip(), markup=False)
+    out.print("\n" + "\n".join(lines), markup=False)
 
 
 def _read_yaml(source: str) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Annotated
 
 import typer
-import yaml
 from rich.console import Console
 
 from crossenc.mining import LEFT_OUT, RULES
@@ -16,7 +15,6 @@ from pipelines.mine_config import MineConfig
 from pipelines.mine_shard import MineCounts
 from pipelines.progress import visible
 from pipelines.schemas import REASONS
-from pipelines.storage import redact_options
 
 _DROPPED = {
     "without_text": "neither among the candidates nor in the corpus",
@@ -30,7 +28,8 @@ def run(job: str, overrides: tuple[str, ...] = (), *, dry_run: bool = False, new
     def body(stop: runtime.StopSignal) -> int:
         config = job_config.load(MineConfig, job, overrides)
         if dry_run:
-            _show_plan(config)
+            resolved = mining.resolve(config)
+            job_config.show(config, mining.describe(resolved, mining.make_plan(resolved)))
             return runtime.DONE
         stop.drain()
         outcome = mining.mine(config, stream=sys.stderr, should_stop=stop, new_run=new_run)
@@ -38,15 +37,6 @@ def run(job: str, overrides: tuple[str, ...] = (), *, dry_run: bool = False, new
         return runtime.RESUMABLE if outcome.state == "stopped" else runtime.DONE
 
     return runtime.run(body)
-
-
-def _show_plan(config: MineConfig) -> None:
-    resolved = mining.resolve(config)
-    shown = config.model_dump(mode="json")
-    shown["storage_options"] = redact_options(config.storage_options)
-    out = Console(highlight=False, soft_wrap=True)
-    out.print(yaml.safe_dump(shown, sort_keys=False).strip(), markup=False)
-    out.print("\n" + "\n".join(mining.describe(resolved, mining.make_plan(resolved))), markup=False)
 
 
 def _show_outcome(outcome: mining.Outcome) -> None:

@@ -4,17 +4,15 @@ import sys
 from typing import Annotated
 
 import typer
-import yaml
 from rich.console import Console
 
 from jobs import config as job_config
 from jobs import runtime
 from pipelines.config import RerankConfig
+from pipelines.estimate import estimate
 from pipelines.execute import needs
-from pipelines.estimate import Estimate, estimate
 from pipelines.model import Model
 from pipelines.rerank import Outcome, rerank
-from pipelines.storage import redact_options
 
 
 def run(
@@ -30,7 +28,7 @@ def run(
     def body(stop: runtime.StopSignal) -> int:
         config = job_config.load(RerankConfig, job, overrides)
         if dry_run:
-            _show_estimate(config, estimate(config, model))
+            job_config.show(config, estimate(config, model).lines())
             return runtime.DONE
         with runtime.disconnected_at_end():
             outcome = rerank(
@@ -59,14 +57,6 @@ def _show_outcome(outcome: Outcome) -> None:
         )
         for reason, number in counts.refused.items():
             out.print(f"  refused {number:,}: {reason}", markup=False)
-
-
-def _show_estimate(config: RerankConfig, plan: Estimate) -> None:
-    shown = config.model_dump(mode="json")
-    shown["storage_options"] = redact_options(config.storage_options)
-    out = Console(highlight=False, soft_wrap=True)
-    out.print(yaml.safe_dump(shown, sort_keys=False).strip(), markup=False)
-    out.print("\n" + "\n".join(plan.lines()), markup=False)
 
 
 def command(

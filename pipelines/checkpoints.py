@@ -44,10 +44,10 @@ class LogPoint:
 class Checkpoint:
     """The record of a checkpoint: everything that training goes on from, but for the tensors.
 
-    `step` counts finished steps of `num_steps`. `loss_sum` of `num_loss_steps` steps waits for the next point of the curve.
-    `loss_scaler` is float16's. `value` is what checkpoints are chosen by, higher is better; None where this one was
-    not validated. `seconds` is the time spent in training so far, over all attempts; `forward_kind` tells people how
-    passes were computed.
+    `step` counts finished steps of `num_steps`. `loss_sum` of `num_loss_steps` steps waits for the next point of the
+    curve. `loss_scaler` is float16's. `value` is what checkpoints are chosen by, higher is better; None where this one
+    was not validated. `seconds` is the time spent in training so far, over all attempts; `forward_kind` tells people
+    how passes were computed.
     """
 
     fingerprint: str
@@ -135,7 +135,8 @@ def read_tensors(output: Location, file: StoredTensors) -> dict[str, Tensor]:
         ) from None
     if hashlib.sha256(body).hexdigest() != file.sha256:
         raise StorageError(f"{place} is damaged: restore it, or delete its checkpoint's record to go back one")
-    return safetensors.torch.load(body)
+    tensors: dict[str, Tensor] = safetensors.torch.load(body)
+    return tensors
 
 
 def best(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:

@@ -76,7 +76,7 @@ class CheckpointModel:
     def digests(self) -> Mapping[str, str]:
         from crossenc.checkpoint import file_digests
 
-        folder, onnx_path = self._folder(), self._onnx_path()
+        folder, onnx_path = self.folder(), self._onnx_path()
         if onnx_path is not None and not (folder / onnx_path).is_file():
             raise CheckpointError(f"{self.source} has no {onnx_path}: make it with `crossenc export`")
         return file_digests(folder, onnx_path)
@@ -88,7 +88,7 @@ class CheckpointModel:
     def score_range(self) -> tuple[float, float]:
         from crossenc.loading import read_layout, read_num_labels, resolve_activation
 
-        folder = self._folder()
+        folder = self.folder()
         layout = read_layout(folder)
         num_labels = read_num_labels(folder, layout)
         if num_labels != 1:
@@ -99,7 +99,7 @@ class CheckpointModel:
     def load_tokenizer(self) -> Tokenizer:
         from crossenc.tokenizer import load_tokenizer
 
-        return load_tokenizer(self._folder(), self.max_length)
+        return load_tokenizer(self.folder(), self.max_length)
 
     def load_scorer(self, threads: int) -> Scorer:
         import torch
@@ -108,7 +108,7 @@ class CheckpointModel:
         from crossenc.tokenizer import load_tokenizer
 
         torch.set_num_threads(threads)
-        folder = self._folder()
+        folder = self.folder()
         self._check_files(folder)
         tokenizer = load_tokenizer(folder, self.max_length)
         if self.backend == "onnx":
@@ -134,7 +134,8 @@ class CheckpointModel:
         expected = {name: digest for name, digest in self.expected.items() if not name.startswith(onnx_path)}
         return replace(self, dtype="float32", backend="torch", onnx_file=None, expected=expected)
 
-    def _folder(self) -> Path:
+    def folder(self) -> Path:
+        """The checkpoint on this machine, fetched first where it is not."""
         from crossenc.checkpoint import fetch
 
         return fetch(self.source, storage_options=self.storage_options, also=self._onnx_path())

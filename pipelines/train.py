@@ -27,6 +27,7 @@ from crossenc.losses import Objective, objective, objective_problems
 from pipelines import checkpoints, lease, train_board, train_finish
 from pipelines import plan as plans
 from pipelines.checkpoints import CHECKPOINT_FOLDER
+from pipelines.finish import MANIFEST_FILE, REPORT_FILE, SUCCESS_FILE
 from pipelines.model import CheckpointModel
 from pipelines.plan import RUN_FOLDER
 from pipelines.storage import (
@@ -51,7 +52,10 @@ from pipelines.train_data import (
     prepare,
     prepare_split,
 )
-from pipelines.train_finish import SUCCESS_FILE, Finished, TrainRun
+from pipelines.train_data_config import LabelledData
+from pipelines.train_files import find_columns
+from pipelines.train_files import list_files as list_input
+from pipelines.train_finish import Finished, TrainRun
 from pipelines.train_model import build, source
 from pipelines.train_progress import TrainProgress
 from pipelines.train_worker import FAILED_BATCH_FOLDER, TrainTask, train_worker
@@ -100,9 +104,29 @@ def resolve(config: TrainConfig) -> TrainJob:
     num_labels = build(config, model).num_labels
     described = config.result_options()
     for name, one in (("train", config.train), ("validation", config.validation)):
-        described[name] = one if one is None or isinstance(one, float) else one.model_dump(mode="json")
+        described[name] = one.model_dump(mode="json") if isinstance(one, LabelledData) else one
     parts = plans.describe_parts([], model.digests(), described) | {"job": "train"}
     return TrainJob(config, output, model, loss, num_labels, parts)
+
+
+def describe(job: TrainJob) -> list[str]:
+    """The job in figures, for people, one fact a line."""
+    config = job.config
+    lines = [f"model        {config.model}, {job.num_labels} label{'s' * (job.num_labels > 1)}"]
+    lines += [f"train        {_in_words(config.train, config)}"]
+    if isinstance(config.validation, LabelledData):
+        lines += [f"validation   {_in_words(config.validation, config)}"]
+    elif config.validation is not None:
+        lines += [f"validation   {config.validation:.1%} of the queries"]
+    parameters = ", ".join(f"{name} {value}" for name, value in job.objective.parameters.items() if value is not None)
+    return [*lines, f"loss         {job.objective.name} ({parameters})"]
+
+
+def _in_words(data: LabelledData, config: TrainConfig) -> str:
+    files = list_input(data, dict(config.storage_options))
+    columns = find_columns(data, files)
+    num_bytes = sum(file.num_bytes for file in files)
+    return f"{columns.layout}, {len(files):,} files, {num_bytes / 1e6:,.1f} MB"
 
 
 def needs(config: TrainConfig, cores: int) -> dict[str, float]:
@@ -332,6 +356,6 @@ def _remove_run(output: Location) -> None:
     """Deletes everything that runs write below `output`, but for the lease; what says that it is done goes first."""
     files = [file.location for folder in _FOLDERS for file in list_files(output / folder)]
     keep, state = (output / lease.LEASE_FOLDER).uri, output / STATE_FILE
-    delete([output / name for name in (SUCCESS_FILE, train_finish.MANIFEST_FILE, train_finish.REPORT_FILE)])
+    delete([output / name for name in (SUCCESS_FILE, MANIFEST_FILE, REPORT_FILE)])
     delete([file for file in files if not file.uri.startswith(keep) and file != state])
     delete([state])

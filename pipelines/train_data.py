@@ -28,8 +28,8 @@ from pydantic import TypeAdapter, ValidationError
 from crossenc.card import DatasetFacts, describe_dataset
 from crossenc.card.dataset import STATISTICS_ROWS
 from crossenc.errors import CrossEncError, InputError, RunConflictError, StorageError
-from crossenc.records import TokenizedPairs
 from crossenc.loop.lists import LabelStatistics, TokenizedLists, concatenate, offsets_of
+from crossenc.records import TokenizedPairs
 from pipelines import plan as plans
 from pipelines.plan import InputFile
 from pipelines.storage import (

@@ -148,7 +148,7 @@ def _fill_card(
     card.training = [run.train.facts]
     card.validation = [run.validation.facts] if run.validation else []
     card.add_loss(run.objective.card_name, run.objective.parameters, run.objective.citation)
-    default = TrainConfig(train="-", model="-", output="-")
+    default = TrainConfig.model_validate({"train": "-", "model": "-", "output": "-"})
     card.set_hyperparameters(config.result_options(), default.result_options())
     card.logs = card_logs(last.logs)
     card.best_step = best.step if best.value is not None else None

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from crossenc.errors import CrossEncError
-from crossenc.records import TokenizedPairs
 from crossenc.loop.lists import LabelStatistics, concatenate_pairs, offsets_of
+from crossenc.records import TokenizedPairs
 from pipelines.inputs import check_unchanged
 from pipelines.mine_shard import StoredFile, store
 from pipelines.plan import InputFile

@@ -1,13 +1,11 @@
 """Rows to a batch: columns of texts as lists, labels as tensors. Knows no model; losses tokenise."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from crossenc.errors import ConfigError, InputError
+from crossenc.pairs import label_tensors
 from crossenc.training.samplers import DATASET_NAME, LABEL_COLUMNS
 
 
@@ -45,7 +43,7 @@ class CrossEncoderDataCollator:
         label = next((name for name in self.valid_label_columns if name in names), None)
         if label is not None:
             names.remove(label)
-            batch["label"] = _stacked([row[label] for row in features])
+            batch["label"] = label_tensors([row[label] for row in features])
         for key, given in (("prompt", self.prompts), ("task", self.router_mapping)):
             if value := _for_dataset(given, batch.get(DATASET_NAME)):
                 batch[key] = value
@@ -60,12 +58,3 @@ def _for_dataset(given: str | Mapping[str, str] | None, dataset_name: str | None
     if isinstance(given, Mapping):
         return None if dataset_name is None else given.get(dataset_name)
     return given
-
-
-def _stacked(labels: Sequence[Any]) -> Tensor | list[Tensor]:
-    first = labels[0]
-    if isinstance(first, Tensor):
-        return torch.stack(list(labels)) if first.ndim == 0 else list(labels)
-    if isinstance(first, Collection):
-        return [torch.as_tensor(label) for label in labels]
-    return torch.tensor(labels)

@@ -3,6 +3,7 @@
 import copy
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -20,7 +21,7 @@ from crossenc.attention import MAX_PRODUCT_TOKENS, Sequences, _products, attend,
 from crossenc.engine import Engine
 from crossenc.loading import quiet_transformers
 from crossenc.modules import POOLING_MODES, Dense, LayerNorm, Pooling, Transformer
-from crossenc.packing import why_padded
+from crossenc.packing import PackedForward, why_padded
 from crossenc.records import TokenizedPairs
 from crossenc.testing import tiny_checkpoint
 
@@ -48,9 +49,9 @@ PACKED: dict[str, dict[str, Any]] = {
     "distilbert": {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4},
     "modernbert cls": MODERNBERT | {"local_attention": 8, "classifier_pooling": "cls"},
     "modernbert mean": MODERNBERT | {"local_attention": 8, "classifier_pooling": "mean"},
+    "mpnet": {},
 }
 PADDED: dict[str, dict[str, Any]] = {
-    "mpnet": {"relative_attention_num_buckets": 32},
     "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "type_vocab_size": 2},
     "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
 }
@@ -108,6 +109,7 @@ def random_pairs(lengths: list[int], seed: int = 0, with_types: bool = True, sma
 PACKED_ENGINES: dict[str, Callable[[], Engine]] = {
     **{name: (lambda name=name: classifier(name)) for name in PACKED},
     **{f"pooling by {mode}": (lambda mode=mode: engine_of(*modular(mode))) for mode in POOLING_MODES},
+    "mpnet pooled": lambda: engine_of(*modular("mean", "mpnet")),
     "pooling by three": lambda: engine_of(*modular(["mean", "cls", "max"], "modernbert mean")),
 }
 
@@ -177,7 +179,6 @@ def test_the_last_layer_feeds_forward_first_tokens_alone(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("mpnet", "MPNetForSequenceClassification is not known"),
         ("deberta-v2", "DebertaV2ForSequenceClassification is not known"),
         ("qwen3", "Qwen3ForSequenceClassification is not known"),
     ],
@@ -259,7 +260,6 @@ def test_packing_leaves_the_model_as_it_was(packed: Engine) -> None:
     modules = [id(module) for module in packed.network.modules()]
     configuration = copy.deepcopy(vars(model.config))
     packed.score(random_pairs([5, 9, 30]))
-    assert model.config._attn_implementation == "sdpa"
     assert vars(model.config) == configuration
     assert [id(module) for module in packed.network.modules()] == modules
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
@@ -295,8 +295,10 @@ def test_an_error_in_a_packed_batch_leaves_the_model_usable(monkeypatch: pytest.
     assert engine.score(pairs).tobytes() == expected.tobytes()
 
 
-def test_a_padded_call_in_another_thread_is_not_disturbed() -> None:
-    model = tiny_model("modernbert mean")
+@pytest.mark.parametrize("in_another_thread", [False, True])
+def test_a_padded_call_amid_a_packed_one_is_not_disturbed(in_another_thread: bool) -> None:
+    engine = classifier("modernbert mean")
+    model = engine.network[0].model
     ids = torch.randint(2, NUM_WORDS, (2, MAX_LENGTH))
     mask = torch.arange(MAX_LENGTH).expand(2, -1) < torch.tensor([[MAX_LENGTH], [20]])
     with torch.no_grad():
@@ -307,11 +309,23 @@ def test_a_padded_call_in_another_thread_is_not_disturbed() -> None:
         with torch.no_grad():
             found.append(model(ids, attention_mask=mask).logits)
 
-    with packed_attention(model, Sequences(np.array([3]), torch.tensor([0, 3]))):
-        thread = threading.Thread(target=call)
-        thread.start()
-        thread.join()
-    torch.testing.assert_close(found[0], expected)
+    def amid() -> None:
+        if in_another_thread:
+            thread = threading.Thread(target=call)
+            thread.start()
+            thread.join()
+        else:
+            call()
+
+    pairs = random_pairs([3, 5], with_types=False)
+    packed = engine.score(pairs)
+    forward = PackedForward(engine.network, engine.device)
+    with torch.no_grad(), packed_attention(Sequences(np.array([3]), torch.tensor([0, 3]))):
+        amid()
+        np.testing.assert_allclose(forward(pairs, np.arange(2)), packed, atol=TOLERANCE)
+        amid()
+    for logits in found:
+        torch.testing.assert_close(logits, expected)
 
 
 def test_threads_that_share_a_model_get_their_own_scores() -> None:
@@ -329,6 +343,26 @@ def test_threads_that_share_a_model_get_their_own_scores() -> None:
     for thread in threads:
         thread.join()
     assert all(scores.tobytes() == expected[i].tobytes() for i in range(4) for scores in found[i])
+
+
+def test_two_models_are_packed_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each waits in its forward pass until the other has come there, too."""
+    from transformers.models.bert.modeling_bert import BertEmbeddings
+
+    engines = [classifier("bert"), classifier("bert", hidden_act="relu")]
+    pairs = random_pairs([5, 9, 30])
+    expected = [engine.score(pairs) for engine in engines]
+    both = threading.Barrier(2, timeout=20)
+    embed = BertEmbeddings.forward
+
+    def meet(self: Any, **inputs: Any) -> Any:
+        both.wait()
+        return embed(self, **inputs)
+
+    monkeypatch.setattr(BertEmbeddings, "forward", meet)
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda engine: engine.score(pairs), engines))
+    assert all(ours.tobytes() == theirs.tobytes() for ours, theirs in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("num_tokens", [120, 60, 40])

@@ -193,14 +193,16 @@ def test_a_saved_folder_is_pushed_as_it_is(model: CrossEncoder, hub: type[Hub], 
 
 
 def test_weights_are_pushed_as_safetensors_whatever_is_asked(model: CrossEncoder, hub: type[Hub]) -> None:
-    with pytest.warns(DeprecationWarning, match="weights are safetensors"):
+    with pytest.warns(DeprecationWarning, match="weights are safetensors") as seen:
         model.push_to_hub("me/reranker", safe_serialization=False)
+    assert seen[0].filename == __file__
     assert "model.safetensors" in CALLS["files"]
 
 
 def test_the_old_name_of_pushing_works_and_warns(model: CrossEncoder, hub: type[Hub]) -> None:
-    with pytest.warns(DeprecationWarning, match="call push_to_hub"):
+    with pytest.warns(DeprecationWarning, match="call push_to_hub") as seen:
         model.save_to_hub("reranker", "me", "secret", True, commit_message="old")
+    assert seen[0].filename == __file__
     assert CALLS["create"][0] == "me/reranker" and CALLS["create"][1]["private"]
     assert (CALLS["token"], CALLS["upload"]["commit_message"]) == ("secret", "old")
     with (
