@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import matplotlib
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -98,7 +98,7 @@ def duration(seconds: float) -> str:
 def compact(value: float, _position: int = 0) -> str:
     """An axis label: 1500 is 1.5k, 2000000 is 2M."""
     for size, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
+        if size <= abs(value) < 1e15:
             return f"{value / size:g}{suffix}"
     return f"{value:g}"
 
@@ -132,17 +132,15 @@ def new_axes(width_inches: float, x_label: str, y_label: str, *, counts: bool = 
 
 def to_svg(figure: Figure, label: str) -> Markup:
     """The figure as an inline SVG that takes its width, font and colours from the page."""
+    label = visible(label)
     matplotlib.rcParams["svg.hashsalt"] = label  # makes ids the same every time, and unlike other figures'
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(
-        r'<svg [^>]*?viewBox="([^"]*)"[^>]*>',
-        rf'<svg viewBox="\1" role="img" aria-label="{label}">',
-        text,
-        count=1,
-    )
+    opening = re.compile(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>')
+    told = escape(label)
+    text = opening.sub(lambda found: f'<svg viewBox="{found[1]}" role="img" aria-label="{told}">', text, count=1)
     text = re.sub(r' id="[a-z0-9.]+_\d+"', "", text)  # the same in every figure, and ids must be unique in a page
     for colour, variable in COLOURS.items():
         text = text.replace(colour, variable)
