@@ -83,7 +83,8 @@ def test_the_install_command_installs_what_the_readme_uses(tmp_path):
     done = subprocess.run(words, cwd=copy, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "site" / "bin" / "crossenc").exists()
-    assert (tmp_path / "site" / "pipelines" / "report.html.jinja").exists()
+    for template in (ROOT / "pipelines").glob("*.jinja"):
+        assert (tmp_path / "site" / "pipelines" / template.name).exists()
     assert (tmp_path / "site" / "jobs" / "configs" / "rerank.yaml").exists()
 
 

@@ -58,7 +58,8 @@ class CrossEncoderModelCardData:
 
     `language` is one code or several; `license` an id such as "apache-2.0"; `train_datasets` and `eval_datasets`
     are dicts with name, id and revision. `model_id` is where the model will be on the hub. `emissions` is what
-    training emitted: "emissions" in grams of CO2, "energy_consumed" in kWh, and more about the machine.
+    training emitted: "emissions" in grams of CO2, "energy_consumed" in kWh, and more about the machine. `lineage` names
+    what the model was made from, by digests or ids.
     `local_files_only` and `generate_widget_examples` are taken for compatibility: a card is always made offline and
     has no widget.
     """
@@ -87,6 +88,7 @@ class CrossEncoderModelCardData:
     evaluations: list[Evaluation] = field(default_factory=list)
     training_seconds: float | None = None
     emissions: Mapping[str, Any] = field(default_factory=dict)
+    lineage: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def was_trained(self) -> bool:

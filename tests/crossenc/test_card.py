@@ -238,6 +238,18 @@ def test_a_measure_may_come_with_its_gain_in_words(tmp_path: Path) -> None:
     assert {result.metric_type: result.metric_value for result in card.data.eval_results}["ndcg@10"] == 1.0
 
 
+def test_what_a_model_was_made_from_is_listed_as_text() -> None:
+    assert "### Lineage" not in render_card(CrossEncoderModelCardData(), FACTS)
+    data = CrossEncoderModelCardData(lineage={"train data": "sha256:abc", "a|b": "<script>\n# x"})
+    lineage = section(render_card(data, FACTS), "### Lineage")
+    assert lineage.split("\n") == [
+        "",
+        "- train data: <code>sha256&#58;abc</code>",
+        "- a&#124;b: <code>&#60;script&#62; &#35; x</code>",
+        "",
+    ]
+
+
 def test_many_log_rows_and_datasets_are_folded() -> None:
     data = CrossEncoderModelCardData()
     for step in range(101):

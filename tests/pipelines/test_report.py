@@ -3,7 +3,6 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
-from html.parser import HTMLParser
 from math import nan
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from pipelines.records import (
     StageSeconds,
 )
 from pipelines.report import render, sentence, verdict
+from tests.pipelines.pages import ODD_TEXTS, Page, tiles
 
 MINUS = "\N{MINUS SIGN}"
 COUNTS = ShardCounts(
@@ -101,39 +101,6 @@ PLAIN = replace(
 @pytest.fixture(scope="module")
 def full_page():
     return render(SUMMARY)
-
-
-class Page(HTMLParser):
-    """The tags, attributes and visible text of a page; closing tags must match."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.tags, self.attributes, self.texts, self.open_tags = [], [], [], []
-        self.feed(html)
-        assert not self.open_tags
-        self.text = " ".join(" ".join(self.texts).split())
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag not in ("meta", "use", "path", "br"):
-            self.open_tags.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_endtag(self, tag):
-        if tag not in ("meta", "use", "path", "br"):
-            assert self.open_tags.pop() == tag
-
-    def handle_data(self, data):
-        if "style" not in self.open_tags:
-            self.texts.append(data)
-
-
-def tiles(html):
-    return dict(re.findall(r'class="label">([^<]*)</div><div class="value[^"]*">([^<]*)<', html))
 
 
 def test_the_agreement_with_float32_is_shown_where_it_was_measured():
@@ -223,17 +190,7 @@ def test_equal_summaries_give_equal_pages_in_any_process():
     assert len(digests) == 1
 
 
-ODD_IDS = [
-    "<script>alert(1)</script>",
-    "{{ 7 * 7 }}{% for x in y %}",
-    "</table></main>",
-    '"onload="alert(1)',
-    "&lt;b&gt;",
-    "a\x1b[31mb\x00\x9b\u202ec\ud800\n",
-]
-
-
-@pytest.mark.parametrize("odd", ODD_IDS)
+@pytest.mark.parametrize("odd", ODD_TEXTS)
 def test_what_comes_from_data_stays_text(odd):
     example = RefusedExample(reason=odd, query_id=odd, doc_id=odd, file=odd, row=12_345, detail=odd)
     summary = replace(
