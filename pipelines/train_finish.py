@@ -25,8 +25,9 @@ from pipelines.storage import Location, put, read_bytes, redact_options
 from pipelines.train_config import TrainConfig
 from pipelines.train_data import PreparedData
 from pipelines.train_events import event_file
+from pipelines.train_logs import card_logs
 from pipelines.train_model import build
-from pipelines.train_report import DataSummary, TrainSummary, card_logs, render
+from pipelines.train_report import DataSummary, TrainSummary, render
 
 MODEL_FOLDER, EVENTS_FOLDER = "model", "tensorboard"
 _PACKAGES = ("crossenc", "torch", "transformers", "ray", "pyarrow", "tokenizers")

@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from crossenc.errors import InputError, RunConflictError, StorageError
+from crossenc.loop.lists import LabelStatistics, TokenizedLists
 from crossenc.testing import FakeTokenizer, tiny_checkpoint
-from crossenc.training.lists import LabelStatistics, TokenizedLists
 from pipelines import train_data
 from pipelines.mine_formats import Document, Format, MinedQuery, encode
 from pipelines.model import CheckpointModel
@@ -652,7 +652,9 @@ def test_data_that_cannot_be_used_is_refused_by_name(tmp_path):
         ({"files": make_triples(tmp_path)[0], "layout": "pairs"}, "has no column names"),
         (write(tmp_path / "r.parquet", pa.table(PAIRS | {"document": [None, "", " "]})), "no list for train in 3 rows"),
     ]
-    (tmp_path / "broken.jsonl.gz").write_bytes(gzip.compress(b'{"query": "a", "document": "b", "label": 1}\n' * 1000)[:-9])
+    (tmp_path / "broken.jsonl.gz").write_bytes(
+        gzip.compress(b'{"query": "a", "document": "b", "label": 1}\n' * 1000)[:-9]
+    )
     cases.append((str(tmp_path / "broken.jsonl.gz"), "not a sound gzip file"))
     for place, (data, message) in enumerate(cases):
         with pytest.raises(InputError, match=message):

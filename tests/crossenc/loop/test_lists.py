@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from crossenc.loop.lists import TokenizedLists, concatenate, concatenate_pairs, offsets_of, ranges
 from crossenc.records import TokenizedPairs
-from crossenc.training.lists import TokenizedLists, concatenate, concatenate_pairs, offsets_of, ranges
 
 
 def lists_of(*lists: list[list[int]], with_types: bool = True) -> TokenizedLists:
@@ -87,5 +87,5 @@ def test_taking_all_of_what_was_cut_and_joined_changes_nothing(order: list[int],
 
 
 def test_lists_need_neither_torch_nor_the_trainers_packages():
-    code = "import sys, crossenc.training.lists; assert not {'torch', 'transformers', 'accelerate'} & set(sys.modules)"
+    code = "import sys, crossenc.loop.lists; assert not {'torch', 'transformers', 'accelerate'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
