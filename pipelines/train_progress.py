@@ -13,6 +13,7 @@ from typing import Any, Self, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from crossenc.evaluation.metrics import display_name
 from pipelines.checkpoints import LogPoint
 from pipelines.progress import visible
 from pipelines.train_board import Figures
@@ -71,7 +72,8 @@ class TrainProgress:
 
     def validated(self, point: LogPoint) -> None:
         """Shows a row of the table of validations."""
-        values = " · ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in _measures(point).items())
+        shown = {display_name(name).replace("_", " "): value for name, value in _measures(point).items()}
+        values = " · ".join(f"{name} {value:.4f}" for name, value in shown.items())
         if self._stream.isatty():
             self.say(f"epoch {point.epoch:.2f} · step {point.step:,} · {values}")
         else:

@@ -137,6 +137,7 @@ class _Worker:
         num_warmup = self._config.warmup_steps(num_steps)
         if self._state.step == 0 and not self._model.head_is_new:
             self._validate()
+            self._state = replace(self._state, value=None)  # what was judged is the parent, not a checkpoint
         batches = read_ahead(self._lists, self._order, self._state.step, self._rank, self._num_workers)
         with contextlib.closing(batches):
             for batch in batches:
@@ -289,18 +290,23 @@ class _News:
         self._stop = False
         self._posted_at = -math.inf
         self._last: tuple[float | None, float | None] = (None, None)
+        self._shown: dict[str, float] = {}
         self.begin_point()
 
     def begin_point(self) -> None:
         """Rates are taken from now on."""
         self._since, self._num_pairs, self._num_tokens = time.monotonic(), 0, 0
 
+    def _rates(self) -> dict[str, float]:
+        seconds = max(time.monotonic() - self._since, 1e-9)
+        return {"pairs_per_second": self._num_pairs / seconds, "tokens_per_second": self._num_tokens / seconds}
+
     def count(self, batch: Batch) -> dict[str, float]:
         """Counts a finished batch; returns the rates since the last point."""
         self._num_pairs += batch.num_pairs
         self._num_tokens += batch.num_tokens
-        seconds = max(time.monotonic() - self._since, 1e-9)
-        return {"pairs_per_second": self._num_pairs / seconds, "tokens_per_second": self._num_tokens / seconds}
+        self._shown = self._rates()
+        return self._shown
 
     def post_now_and_then(self, step: int, loss: float, learning_rate: float) -> None:
         self._last = loss, learning_rate
@@ -309,7 +315,6 @@ class _News:
 
     def post(self, step: int) -> None:
         self._posted_at = time.monotonic()
-        seconds = max(self._posted_at - self._since, 1e-9)
         loss, learning_rate = self._last
         figures = Figures(
             step=step,
@@ -317,8 +322,8 @@ class _News:
             epoch=self._order.epochs_after(step),
             loss=loss,
             learning_rate=learning_rate,
-            pairs_per_second=self._num_pairs / seconds if self._num_pairs else None,
-            tokens_per_second=self._num_tokens / seconds if self._num_tokens else None,
+            pairs_per_second=self._shown.get("pairs_per_second"),
+            tokens_per_second=self._shown.get("tokens_per_second"),
             num_workers=self._num_workers,
             forward_kind=self._kind,
         )

@@ -35,7 +35,9 @@ def write_lists(path: Path, num_lists: int, seed: int = 0) -> str:
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory):
     folder = tmp_path_factory.mktemp("training")
-    tiny_checkpoint(folder / "model")
+    tiny_checkpoint(folder / "dropout")
+    dropouts = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
+    CrossEncoder(folder / "dropout", config_kwargs=dropouts, device="cpu").save_pretrained(folder / "model")
     write_lists(folder / "train.parquet", 48)
     write_lists(folder / "dev.parquet", 20, seed=1)
     return folder
@@ -127,7 +129,7 @@ def test_sentence_transformers_loads_the_model(undisturbed):
 def test_a_finished_run_is_not_run_again_and_another_one_is_refused(scene, undisturbed, run):
     before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()}
     outcome, _ = run(config(scene, undisturbed))
-    assert outcome.state == "already done" and outcome.result.best_step == outcome.result.best_step
+    assert outcome.state == "already done" and outcome.result is not None
     assert before == {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()}
     with pytest.raises(RunConflictError, match="option learning_rate"):
         run(config(scene, undisturbed, learning_rate=1e-4))
@@ -150,23 +152,25 @@ def test_a_run_that_was_stopped_goes_on_to_the_weights_of_an_undisturbed_one(sce
     ]
 
 
-def test_two_workers_learn_what_one_does(scene, run, tmp_path):
+def test_two_workers_with_less_memory_learn_what_one_does(scene, undisturbed, run, tmp_path):
     """Key biases have no gradient but rounding, which Adam makes steps of, so scores are compared, not weights."""
-    found = []
-    for count in (1, 2):
-        output = tmp_path / f"workers-{count}"
-        model = tmp_path / "without-dropout"
-        if not model.exists():
-            dropouts = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
-            CrossEncoder(scene / "model", config_kwargs=dropouts, device="cpu").save_pretrained(model)
-        workers = {"count": count, "cpus": 0.5, "max_tokens": 200}
-        outcome, _ = run(config(scene, output, model=str(model), workers=workers, epochs=1, validation=None))
-        assert outcome.state == "done"
-        pairs = [(word, f"{word} of the river") for word in WORDS]
-        found.append((CrossEncoder(output / "model", device="cpu").predict(pairs), records(output)[-1]["logs"]))
-    assert np.abs(found[0][0] - found[1][0]).max() < 1e-4
-    losses = [[point["values"]["loss"] for point in logs] for _, logs in found]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    output = tmp_path / "out"
+    outcome, _ = run(config(scene, output, workers={"count": 2, "cpus": 0.5, "max_tokens": 100}))
+    assert outcome.state == "done"
+    pairs = [(word, f"{word} of the river") for word in WORDS]
+    scores = [CrossEncoder(folder / "model", device="cpu").predict(pairs) for folder in (output, undisturbed)]
+    assert np.abs(scores[0] - scores[1]).max() < 1e-3
+    figures = [
+        [
+            (point["step"], point["values"].get("loss"), point["values"].get("nDCG@10"))
+            for point in records(folder)[-1]["logs"]
+        ]
+        for folder in (output, undisturbed)
+    ]
+    for (step, loss, measure), (other_step, other_loss, other_measure) in zip(*figures, strict=True):
+        assert step == other_step
+        assert loss == (None if other_loss is None else pytest.approx(other_loss, abs=1e-3))
+        assert measure == (None if other_measure is None else pytest.approx(other_measure, abs=1e-3))
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_keeps_its_lists(scene, run, tmp_path):
@@ -177,8 +181,6 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_its_lists(scene, run, t
     lists = json.loads(kept.read_text())
     assert len(lists) == 8 and lists[0]["labels"] == [1, 0, 0, 0]
     assert "train.parquet, row" in lists[0]["origin"] and "[SEP]" in lists[0]["texts"][0]
-    with pytest.raises(CrossEncError):  # again, and not for ever
-        run(settings)
 
 
 def test_what_cannot_work_is_said_before_anything_is_written(scene, tmp_path):
