@@ -93,6 +93,7 @@ class TrainConfig(_Settings):
         Literal["float32", "bfloat16", "float16", "auto"],
         Field(description="number format of the forward pass; weights stay in float32"),
     ] = "float32"
+    dropout: Annotated[float | None, Field(ge=0, lt=1, description="everywhere; the model's own if absent")] = None
     gradient_checkpointing: Annotated[bool, Field(description="less memory for more time")] = False
     freeze_layers: Annotated[int, Field(ge=0, description="layers from below, and the embeddings, left as is")] = 0
     lora: LoraConfig | None = None

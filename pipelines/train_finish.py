@@ -70,7 +70,7 @@ def finish(run: TrainRun, say: Callable[[str], None]) -> Finished:
         raise CrossEncError(f"{run.output} lacks the last checkpoint; run the same command again")
     last = stored[-1]
     result = _result(best, last)
-    model = build(run.config, run.model)
+    model = build(run.config, run.model, is_trained=True)
     load_trained_weights(model, checkpoints.read_tensors(run.output, best.weights))
     model.mark_trained()
     lineage = _lineage(run, best)

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from crossenc.errors import ConfigError
+from crossenc.loading import load_config
 from crossenc.loop.optimizer import freeze_lowest
 from crossenc.model import CrossEncoder
 from pipelines.model import CheckpointModel
@@ -20,19 +21,34 @@ def source(config: TrainConfig) -> CheckpointModel:
     )
 
 
-def build(config: TrainConfig, model_source: CheckpointModel, device: torch.device | str = "cpu") -> CrossEncoder:
-    """The model before its first step: a new head is drawn by the seed, what is not trained is frozen."""
+def build(
+    config: TrainConfig, model_source: CheckpointModel, device: torch.device | str = "cpu", *, is_trained: bool = False
+) -> CrossEncoder:
+    """The model before its first step: a new head is drawn by the seed, what is not trained is frozen.
+
+    Dropout is the job's, or once the model `is_trained` its parent's, as its configuration will say.
+    """
     torch.manual_seed(config.seed)
     folder: Path = model_source.folder()
+    dropouts = {} if config.dropout is None or is_trained else dict.fromkeys(_dropout_names(folder), config.dropout)
     name = None if "://" in config.model or Path(config.model).expanduser().is_dir() else config.model
-    model = CrossEncoder(folder, num_labels=config.num_labels, max_length=config.max_length, device=device)
+    model = CrossEncoder(
+        folder, num_labels=config.num_labels, max_length=config.max_length, device=device, config_kwargs=dropouts
+    )
     if name is not None:  # of the hub: the card names it, and its revision
         model.model_card_data.base_model, _, revision = name.partition("@")
         model.model_card_data.base_revision = revision or None
     if config.lora is not None:
         _add_lora(model, config.lora)
-    freeze_lowest(model, config.freeze_layers) if config.freeze_layers else None
+    if config.freeze_layers:
+        freeze_lowest(model, config.freeze_layers)
     return model
+
+
+def _dropout_names(folder: Path) -> list[str]:
+    """The settings of dropout in a model's configuration, whatever its family calls them."""
+    settings = load_config(folder).to_dict()
+    return [name for name, value in settings.items() if "dropout" in name and isinstance(value, float | None)]
 
 
 def _add_lora(model: CrossEncoder, lora: LoraConfig) -> None:

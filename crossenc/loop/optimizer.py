@@ -81,10 +81,13 @@ def trained_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_trained_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Put them back. Raises CheckpointError where they are another model's."""
-    wanted = trained_weights(model)
-    if {name: tensor.shape for name, tensor in wanted.items()} != {name: t.shape for name, t in weights.items()}:
-        raise CheckpointError("the stored weights are not those of this model: start over with --new-run")
+    """Put them back. Raises CheckpointError where the model has no such weights."""
+    own = model.state_dict()
+    strange = [name for name, tensor in weights.items() if name not in own or own[name].shape != tensor.shape]
+    if strange:
+        raise CheckpointError(
+            f"the stored weights are not those of this model ({strange[0]}): start over with --new-run"
+        )
     model.load_state_dict(dict(weights), strict=False)
 
 

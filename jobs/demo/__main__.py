@@ -15,10 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from crossenc.evaluation.metrics import per_query
-from jobs import rerank, runtime
+from jobs import rerank, runtime, train
 from jobs.demo.collection import Collection, build_collection
-from jobs.demo.finetune import finetune
+from jobs.demo.finetune import write_training_job
 from pipelines.evaluate import read_qrels
+from pipelines.train_finish import MODEL_FOLDER
 
 _MEASURE = "nDCG@10"
 
@@ -42,8 +43,8 @@ def command(
     collection = build_collection(folder / "collection")
     _show_collection(console, collection)
     console.rule("2/3  model")
-    checkpoint = model or str(finetune(collection, folder / "model"))
-    console.print(f"model {checkpoint}")
+    checkpoint = model or _train(console, collection, folder)
+    console.print(f"model {checkpoint}", soft_wrap=True)
     console.rule("3/3  rerank")
     job = _write_job(collection, checkpoint, folder)
     console.print(f"crossenc rerank {job}")
@@ -52,6 +53,16 @@ def command(
         _show_result(console, folder, collection)
         console.print(f"{(time.monotonic() - started) / 60:.1f} minutes")
     raise typer.Exit(code)
+
+
+def _train(console: Console, collection: Collection, folder: Path) -> str:
+    """Runs the training job; returns where the model is."""
+    job = write_training_job(collection, folder)
+    console.print(f"crossenc train {job}")
+    code = train.run(str(job))
+    if code != runtime.DONE:
+        raise typer.Exit(code)
+    return str(folder / "trained" / MODEL_FOLDER)
 
 
 def _show_collection(console: Console, collection: Collection) -> None:

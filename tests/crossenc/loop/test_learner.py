@@ -184,7 +184,7 @@ def test_only_trained_weights_are_stored_and_another_models_are_refused(tmp_path
     weights = trained_weights(model)
     assert "0.model.classifier.weight" in weights and not any("encoder" in name for name in weights)
     with pytest.raises(CheckpointError, match="not those of this model"):
-        load_trained_weights(tiny_model(tmp_path / "other"), weights)
+        load_trained_weights(tiny_model(tmp_path / "other", hidden_size=16), weights)
 
 
 def test_the_learning_rate_rises_and_falls_as_its_schedule_says():
