@@ -10,16 +10,19 @@ from rich.table import Table
 
 from jobs import runtime
 from pipelines.progress import visible
-from pipelines.status import RunStatus, look
+from pipelines.status import RunStatus, TrainStatus, look, look_at_training
 
 
 def run(output: str, storage_options: dict[str, object] | None = None, *, as_json: bool = False) -> int:
     """Shows the run in `output` and returns the exit code."""
 
     def body(_: runtime.StopSignal) -> int:
-        status = look(output, storage_options or {})
+        options = storage_options or {}
+        status = look_at_training(output, options) or look(output, options)
         if as_json:
             Console(soft_wrap=True, highlight=False).print_json(json.dumps(asdict(status)))
+        elif isinstance(status, TrainStatus):
+            _show_training(status)
         else:
             _show(status)
         return runtime.DONE
@@ -40,6 +43,17 @@ def _show(status: RunStatus) -> None:
     table.add_row("refused", f"{sum(status.refused.values()):,}")
     for reason, number in status.refused.items():
         table.add_row("", f"{number:,} {visible(reason)}")
+    console.print(table)
+
+
+def _show_training(status: TrainStatus) -> None:
+    console = Console(highlight=False)
+    console.print(f"[bold]{status.state}[/bold]", f"— {visible(status.detail)}" if status.detail else "")
+    table = Table(show_header=False, box=None, pad_edge=False)
+    of_all = f" of {status.num_steps:,} steps" if status.num_steps else ""
+    table.add_row("checkpoint", f"after step {status.last_step:,}{of_all}" if status.last_step else "none yet")
+    for name, value in status.progress.items():
+        table.add_row(name.replace("_", " "), "" if value is None else visible(str(value)))
     console.print(table)
 
 

@@ -17,9 +17,12 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from crossenc.errors import RunConflictError, StorageError
+from pipelines.plan import RUN_FOLDER
 from pipelines.storage import Location, delete, list_files, put, put_new, read_bytes
 
 CHECKPOINT_FOLDER = "checkpoints"
+#: What makes a folder the output of a training run.
+TRAIN_STATE_FILE = f"{RUN_FOLDER}/train.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +114,8 @@ def store(
     return found
 
 
-def read_all(output: Location, fingerprint: str) -> list[Checkpoint]:
-    """The records of a run's checkpoints, by step."""
+def read_all(output: Location, fingerprint: str | None = None) -> list[Checkpoint]:
+    """The records of a run's checkpoints, by step. Raises RunConflictError for another run's, unless None is given."""
     files = [file.location for file in list_files(output / CHECKPOINT_FOLDER) if _is_record(file.location)]
     found = []
     for place in files:
@@ -214,11 +217,11 @@ def _is_record(place: Location) -> bool:
     return place.name.startswith("step-") and place.name.endswith(".json")
 
 
-def _parse(body: bytes, place: Location, fingerprint: str) -> Checkpoint:
+def _parse(body: bytes, place: Location, fingerprint: str | None) -> Checkpoint:
     try:
         record = _RECORD.validate_json(body)
     except ValidationError:
         raise RunConflictError(f"{place} is no checkpoint of this version; start over with --new-run") from None
-    if record.fingerprint != fingerprint:
+    if fingerprint is not None and record.fingerprint != fingerprint:
         raise RunConflictError(f"{place} belongs to another run; start over with --new-run")
     return record

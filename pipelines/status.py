@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from crossenc.errors import InputError
-from pipelines import finish, lease, ledger
+from pipelines import checkpoints, finish, lease, ledger
 from pipelines import plan as plans
+from pipelines.checkpoints import TRAIN_STATE_FILE
 from pipelines.commit import RESULTS_FOLDER, SCORED_FOLDER
 from pipelines.stages import bucket_id
 from pipelines.storage import exists, locate
@@ -32,12 +33,43 @@ class RunStatus:
     pairs_per_second: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainStatus:
+    """A training run as it stands. `progress` is what its driver last said, empty where it never did.
+
+    `last_step` is that of the newest checkpoint, 0 where there is none.
+    """
+
+    state: State
+    detail: str
+    last_step: int
+    num_steps: int
+    progress: Mapping[str, Any]
+
+
+def look_at_training(output_uri: str, storage_options: Mapping[str, Any]) -> TrainStatus | None:
+    """The status of the training run in `output_uri`, None where there is none."""
+    output = locate(output_uri, storage_options)
+    if not exists(output / TRAIN_STATE_FILE):
+        return None
+    holder = lease.last_holder(output)
+    stored = checkpoints.read_all(output)
+    state, detail, _ = _state(exists(output / finish.SUCCESS_FILE), holder)
+    return TrainStatus(
+        state=state,
+        detail=detail,
+        last_step=stored[-1].step if stored else 0,
+        num_steps=stored[-1].num_steps if stored else 0,
+        progress=dict(holder.progress) if holder and state == "running" else {},
+    )
+
+
 def look(output_uri: str, storage_options: Mapping[str, Any]) -> RunStatus:
     """The status of the run in `output_uri`. Raises InputError where there is none."""
     output = locate(output_uri, storage_options)
     plan = plans.load(output)
     if plan is None:
-        raise InputError(f"{output} holds no run; give the output folder of a rerank job")
+        raise InputError(f"{output} holds no run; give the output folder of a rerank or a training job")
     if "job" in plan.parts:
         raise InputError(
             f"{output} holds a run of `crossenc {plan.parts['job']}`; run its command again to see how it is"

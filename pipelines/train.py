@@ -24,9 +24,10 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from crossenc.errors import CrossEncError, RunConflictError, StorageError
 from crossenc.losses import Objective, objective, objective_problems
+from crossenc.losses.objective import check_num_labels
 from pipelines import checkpoints, lease, train_board, train_finish
 from pipelines import plan as plans
-from pipelines.checkpoints import CHECKPOINT_FOLDER
+from pipelines.checkpoints import CHECKPOINT_FOLDER, TRAIN_STATE_FILE
 from pipelines.finish import MANIFEST_FILE, REPORT_FILE, SUCCESS_FILE
 from pipelines.model import CheckpointModel
 from pipelines.plan import RUN_FOLDER
@@ -60,7 +61,6 @@ from pipelines.train_model import build, source
 from pipelines.train_progress import TrainProgress
 from pipelines.train_worker import FAILED_BATCH_FOLDER, TrainTask, train_worker
 
-STATE_FILE = f"{RUN_FOLDER}/train.json"
 DATA_FOLDER = f"{RUN_FOLDER}/data"
 _FOLDERS = (CHECKPOINT_FOLDER, train_finish.MODEL_FOLDER, train_finish.EVENTS_FOLDER, FAILED_BATCH_FOLDER, RUN_FOLDER)
 _POLL_SECONDS = 0.5
@@ -102,6 +102,7 @@ def resolve(config: TrainConfig) -> TrainJob:
     model = source(config).pinned()
     model.load_tokenizer()  # a max_length that cannot be is found here
     num_labels = build(config, model).num_labels
+    check_num_labels(loss, num_labels)
     described = config.result_options()
     for name, one in (("train", config.train), ("validation", config.validation)):
         described[name] = one.model_dump(mode="json") if isinstance(one, LabelledData) else one
@@ -197,12 +198,14 @@ def train(
 
 def _stored_parts(output: Location) -> dict[str, str] | None:
     try:
-        body = json.loads(read_bytes(output / STATE_FILE))
+        body = json.loads(read_bytes(output / TRAIN_STATE_FILE))
         return {str(name): str(value) for name, value in body["parts"].items()}
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise RunConflictError(f"{output / STATE_FILE} is not of this version; start over with --new-run") from None
+        raise RunConflictError(
+            f"{output / TRAIN_STATE_FILE} is not of this version; start over with --new-run"
+        ) from None
 
 
 def _begin(job: TrainJob) -> None:
@@ -214,7 +217,7 @@ def _begin(job: TrainJob) -> None:
                     f"{job.output / folder} holds files but {job.output} no run; choose another output, or delete what"
                     " is there with --new-run"
                 )
-        put_new(job.output / STATE_FILE, json.dumps({"parts": dict(job.parts)}, indent=1).encode())
+        put_new(job.output / TRAIN_STATE_FILE, json.dumps({"parts": dict(job.parts)}, indent=1).encode())
     plans.check_unchanged(_stored_parts(job.output) or {}, job.parts, job.output)
 
 
@@ -355,7 +358,7 @@ def _reason(failure: Sequence[BaseException]) -> str:
 def _remove_run(output: Location) -> None:
     """Deletes everything that runs write below `output`, but for the lease; what says that it is done goes first."""
     files = [file.location for folder in _FOLDERS for file in list_files(output / folder)]
-    keep, state = (output / lease.LEASE_FOLDER).uri, output / STATE_FILE
+    keep, state = (output / lease.LEASE_FOLDER).uri, output / TRAIN_STATE_FILE
     delete([output / name for name in (SUCCESS_FILE, MANIFEST_FILE, REPORT_FILE)])
     delete([file for file in files if not file.uri.startswith(keep) and file != state])
     delete([state])

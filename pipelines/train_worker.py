@@ -80,6 +80,16 @@ def train_worker(settings: dict[str, Any]) -> None:
     except CrossEncError as error:
         ray.get(task.board.end.remote(Ending("failed", str(error))))
         raise
+    except torch.OutOfMemoryError:
+        most = max_tokens(task.config, ray.train.torch.get_device())
+        message = f"a worker's device ran out of memory: set workers.max_tokens, now {most:,}, lower"
+        ray.get(task.board.end.remote(Ending("failed", f"{message}, and run the same command again")))
+        raise
+
+
+def max_tokens(config: TrainConfig, device: torch.device) -> int:
+    """Tokens in a forward pass."""
+    return config.workers.max_tokens or (_CUDA_TOKENS if device.type == "cuda" else _CPU_TOKENS)
 
 
 def order_settings(config: TrainConfig) -> OrderSettings:
@@ -272,7 +282,7 @@ def _learner(task: TrainTask, loss: Objective, device: torch.device, example: To
         return torch.optim.AdamW(groups, fused=True)
 
     settings = LearnerSettings(
-        max_tokens=config.workers.max_tokens or (_CUDA_TOKENS if device.type == "cuda" else _CPU_TOKENS),
+        max_tokens=max_tokens(config, device),
         dtype=resolve_dtype(config.dtype, device),
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,

@@ -208,14 +208,14 @@ def objective_problems(objective: Objective, statistics: LabelFigures, num_label
 
     Each names the remedy. Raises ConfigError where the loss and the model's number of labels exclude each other.
     """
-    _check_num_labels(objective, num_labels)
+    check_num_labels(objective, num_labels)
     problems = [_activation_problem(objective, statistics)]
     if not objective.parameters.get("respect_input_order"):  # or else labels are not looked at
         problems += [_range_problem(objective, statistics, num_labels), _spread_problem(objective, statistics)]
     return [problem for problem in problems if problem]
 
 
-def _check_num_labels(objective: Objective, num_labels: int) -> None:
+def check_num_labels(objective: Objective, num_labels: int) -> None:
     """Raise ConfigError when the loss takes another number of output labels."""
     name = objective.name
     if objective.needs_num_labels_one and num_labels != 1:

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from crossenc import CrossEncoder
 from crossenc.errors import ConfigError, CrossEncError, RunConflictError
 from crossenc.testing import WORDS, tiny_checkpoint
+from jobs import status as status_job
+from pipelines.status import look_at_training
 from pipelines.train import describe, resolve, train
 from pipelines.train_config import TrainConfig
 
@@ -197,6 +199,13 @@ def test_what_cannot_work_is_said_before_anything_is_written(scene, tmp_path):
 def test_a_dry_run_shows_data_model_and_loss(scene, tmp_path):
     lines = "\n".join(describe(resolve(config(scene, tmp_path / "out", validation=0.2))))
     assert "lists, 1 files" in lines and "20.0% of the queries" in lines and "binary_cross_entropy" in lines
+
+
+def test_status_tells_of_a_training_run(undisturbed, capsys):
+    assert status_job.run(str(undisturbed)) == 0
+    shown = capsys.readouterr().out
+    assert "finished" in shown and "after step 12 of 12 steps" in shown
+    assert look_at_training(str(undisturbed), {}).last_step == 12
 
 
 def test_checkpoints_are_kept_as_asked(undisturbed):
