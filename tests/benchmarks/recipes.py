@@ -1,0 +1,134 @@
+"""Data for the ready training recipes, made from retrieval collections: labelled pairs with few positives.
+
+    python -m tests.benchmarks.recipes english --collections ../shared/data/medquad ../shared/data/scifact
+    python -m tests.benchmarks.recipes russian --collections ../shared/data/xquad_ru ../shared/data/aptdesc_ru
+    crossenc train jobs/configs/train_english.yaml
+    crossenc train jobs/configs/train_russian.yaml
+
+A collection is a folder with `queries`, `corpus`, `candidates` and `qrels` as Parquet, and perhaps `splits`, of which
+the test queries are left out. Of each query drawn, its relevant documents and as many candidates as keep the share of
+positives become pairs. For Russian a small model from scratch is written as well, with a tokenizer trained on the
+collections' texts: a checkpoint for English would read them letter by letter.
+"""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+POSITIVE_SHARE = 0.03
+SEED = 42
+
+
+@dataclass(frozen=True, slots=True)
+class Collection:
+    """Texts by id, each query's candidates, and those of them that are relevant, with relevant ones not among them."""
+
+    queries: dict[str, str]
+    documents: dict[str, str]
+    candidates: dict[str, list[str]]
+    relevant: dict[str, list[str]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", choices=["english", "russian"])
+    parser.add_argument("--collections", nargs="+", required=True, type=Path)
+    parser.add_argument("--output", type=Path, default=Path("recipes"))
+    given = parser.parse_args()
+    num_pairs = {"english": 31_000, "russian": 12_431}[given.recipe]
+    collections = [read(folder) for folder in given.collections]
+    folder = given.output / given.recipe
+    folder.mkdir(parents=True, exist_ok=True)
+    table = pa.Table.from_pylist(draw(collections, num_pairs))
+    pq.write_table(table, folder / "pairs.parquet")
+    if given.recipe == "russian":
+        texts = [text for one in collections for text in (*one.queries.values(), *one.documents.values())]
+        write_small_model(texts, folder / "model")
+    share = np.mean(table["label"].to_numpy())
+    print(f"{table.num_rows:,} pairs, {share:.1%} of them positive, in {folder / 'pairs.parquet'}")
+
+
+def read(folder: Path) -> Collection:
+    def table(name: str) -> pa.Table:
+        return pq.read_table(folder / f"{name}.parquet")
+
+    left_out = set()
+    if (folder / "splits.parquet").exists():
+        left_out = {row["query_id"] for row in table("splits").to_pylist() if row["split"] == "test"}
+    queries = {row["query_id"]: row["text"] for row in table("queries").to_pylist() if row["query_id"] not in left_out}
+    documents = {
+        row["doc_id"]: " ".join(filter(None, (row["title"], row["text"]))) for row in table("corpus").to_pylist()
+    }
+    relevant: dict[str, list[str]] = {}
+    for row in table("qrels").to_pylist():
+        if row["relevance"] > 0 and row["query_id"] in queries:
+            relevant.setdefault(row["query_id"], []).append(row["doc_id"])
+    candidates: dict[str, list[str]] = {}
+    for query_id, doc_id in zip(
+        *(table("candidates")[name].to_pylist() for name in ("query_id", "doc_id")), strict=True
+    ):
+        candidates.setdefault(query_id, []).append(doc_id)
+    return Collection(queries, documents, candidates, relevant)
+
+
+def draw(collections: list[Collection], num_pairs: int) -> list[dict[str, str | float]]:
+    """Exactly `num_pairs` pairs, the collections in turn, queries in a drawn order."""
+    random = np.random.default_rng(SEED)
+    sources = [_pairs(collection, random) for collection in collections]
+    rows: list[dict[str, str | float]] = []
+    while sources and len(rows) < num_pairs:
+        for source in list(sources):
+            found = next(source, None)
+            if found is None:
+                sources.remove(source)
+            else:
+                rows += found
+    return rows[:num_pairs]
+
+
+def _pairs(collection: Collection, random: np.random.Generator) -> Iterator[list[dict[str, str | float]]]:
+    """The pairs of one query after the other: positives, and drawn candidates that are none."""
+    known = [query_id for query_id in collection.queries if collection.relevant.get(query_id)]
+    for place in random.permutation(len(known)).tolist():
+        query_id = known[place]
+        positives = collection.relevant[query_id]
+        others = [doc_id for doc_id in collection.candidates.get(query_id, []) if doc_id not in positives]
+        num_others = min(len(others), round(len(positives) * (1 - POSITIVE_SHARE) / POSITIVE_SHARE))
+        chosen = [others[i] for i in random.choice(len(others), num_others, replace=False)]
+        yield [
+            {"query": collection.queries[query_id], "document": collection.documents[doc_id], "label": label}
+            for doc_ids, label in ((positives, 1.0), (chosen, 0.0))
+            for doc_id in doc_ids
+        ]
+
+
+def write_small_model(texts: list[str], folder: Path) -> None:
+    """A BERT of 2 layers, 128 wide, with random weights, and a WordPiece tokenizer trained on `texts`."""
+    import torch
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+    trained = BertWordPieceTokenizer(lowercase=True, strip_accents=False)
+    trained.train_from_iterator(texts, vocab_size=16_000, show_progress=False)
+    names = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, model_max_length=512, **names)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=512,
+        num_labels=1,
+    )
+    torch.manual_seed(SEED)
+    BertForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main()
