@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TextIO
 
 import ray
+from pydantic import TypeAdapter, ValidationError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -162,9 +163,9 @@ def train(
     with what is wrong and what to do.
     """
     job = resolve(config)
-    stored = None if new_run else _stored_parts(job.output)
+    stored = None if new_run else _beginning(job.output)
     if stored is not None:
-        plans.check_unchanged(stored, job.parts, job.output)
+        plans.check_unchanged(stored.parts, job.parts, job.output)
         if exists(job.output / SUCCESS_FILE):
             result = train_finish.confirm(job.output)
             return Outcome("already done", job.output, "nothing to do: this run is finished", result)
@@ -178,11 +179,11 @@ def train(
     with lease.hold(job.output, display.snapshot, lost.append, display.say):
         if new_run:
             _remove_run(job.output)
-        _begin(job)
+        started = _begin(job)
         cores = connect()
         with display:
             try:
-                run = _prepared(job, display, is_over)
+                run = _prepared(job, started, display, is_over)
                 ending = _fit(run, cores, display, is_over)
             except StoppedError:
                 ending = Ending("stopped")
@@ -196,32 +197,45 @@ def train(
     return Outcome("done", job.output, f"done; the model is in {job.output / train_finish.MODEL_FOLDER}", result)
 
 
-def _stored_parts(output: Location) -> dict[str, str] | None:
+@dataclass(frozen=True, slots=True)
+class _Beginning:
+    """What a run notes before its first step: what it depends on, and when it began, in Unix time."""
+
+    parts: dict[str, str]
+    started: float
+
+
+_BEGINNING = TypeAdapter(_Beginning)
+
+
+def _beginning(output: Location) -> _Beginning | None:
     try:
-        body = json.loads(read_bytes(output / TRAIN_STATE_FILE))
-        return {str(name): str(value) for name, value in body["parts"].items()}
+        return _BEGINNING.validate_json(read_bytes(output / TRAIN_STATE_FILE))
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except ValidationError:
         raise RunConflictError(
-            f"{output / TRAIN_STATE_FILE} is not of this version; start over with --new-run"
+            f"{output / TRAIN_STATE_FILE} is of another version; start over with --new-run"
         ) from None
 
 
-def _begin(job: TrainJob) -> None:
-    """Notes what the run depends on, or checks that it is what an earlier attempt noted."""
-    if _stored_parts(job.output) is None:
+def _begin(job: TrainJob) -> float:
+    """Notes what the run depends on, or checks that it is what an earlier attempt noted; returns when it began."""
+    found = _beginning(job.output)
+    if found is None:
         for folder in _FOLDERS[:-1]:
             if list_files(job.output / folder):
                 raise RunConflictError(
                     f"{job.output / folder} holds files but {job.output} no run; choose another output, or delete what"
                     " is there with --new-run"
                 )
-        put_new(job.output / TRAIN_STATE_FILE, json.dumps({"parts": dict(job.parts)}, indent=1).encode())
-    plans.check_unchanged(_stored_parts(job.output) or {}, job.parts, job.output)
+        made = _BEGINNING.dump_json(_Beginning(dict(job.parts), round(time.time(), 3)))
+        found = _BEGINNING.validate_json(put_new(job.output / TRAIN_STATE_FILE, made))
+    plans.check_unchanged(found.parts, job.parts, job.output)
+    return found.started
 
 
-def _prepared(job: TrainJob, display: TrainProgress, should_stop: Callable[[], bool]) -> TrainRun:
+def _prepared(job: TrainJob, started: float, display: TrainProgress, should_stop: Callable[[], bool]) -> TrainRun:
     """The job with its data, prepared now or earlier."""
     config, folder = job.config, job.output / DATA_FOLDER
     settings = PrepareSettings(
@@ -261,6 +275,7 @@ def _prepared(job: TrainJob, display: TrainProgress, should_stop: Callable[[], b
         validation=validation,
         warnings=tuple(problems),
         parts=job.parts,
+        started=started,
     )
 
 

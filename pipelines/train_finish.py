@@ -35,7 +35,10 @@ _PACKAGES = ("crossenc", "torch", "transformers", "ray", "pyarrow", "tokenizers"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainRun:
-    """A job with its data: what training and its end need to know. `fingerprint` is of everything in it."""
+    """A job with its data: what training and its end need to know.
+
+    `fingerprint` is of everything that the weights depend on, `started` the Unix time of the run's first attempt.
+    """
 
     config: TrainConfig
     output: Location
@@ -46,6 +49,7 @@ class TrainRun:
     validation: PreparedData | None
     warnings: tuple[str, ...]
     parts: Mapping[str, str]
+    started: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +85,7 @@ def finish(run: TrainRun, say: Callable[[str], None]) -> Finished:
     summary = _summary(run, model, best, last, result, lineage)
     put(run.output / REPORT_FILE, render(summary).encode())
     try:
-        name, events = event_file(last.logs, 0.0)
+        name, events = event_file(last.logs, run.started)
         put(run.output / f"{EVENTS_FOLDER}/{name}", events)
     except ImportError as error:
         say(f"no TensorBoard file: {error}")

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from crossenc.loop.lists import TokenizedLists
 from crossenc.loop.network import TrainingNetwork
@@ -86,6 +85,9 @@ class Learner:
         # Steps scale their gradients themselves, and the module's buffers never differ.
         self._network: Any = own
         if self._is_shared:
+            # Imported here because it sets environment variables of torch's compiler.
+            from torch.nn.parallel import DistributedDataParallel
+
             self._network = DistributedDataParallel(own, forward_sync_buffers=False, gradient_as_bucket_view=True)
         is_half = settings.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=is_half and model.device.type == "cuda")
