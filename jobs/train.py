@@ -1,7 +1,7 @@
 """The training job: `crossenc train job.yaml`, or `python -m jobs.train job.yaml`."""
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -9,14 +9,19 @@ from rich.console import Console
 from jobs import config as job_config
 from jobs import runtime
 from pipelines.progress import visible
-from pipelines.train import Outcome, describe, needs, resolve, train
 from pipelines.train_config import TrainConfig
+
+if TYPE_CHECKING:
+    from pipelines.train import Outcome
 
 
 def run(job: str, overrides: tuple[str, ...] = (), *, dry_run: bool = False, new_run: bool = False) -> int:
     """Runs the job file and returns the exit code."""
 
     def body(stop: runtime.StopSignal) -> int:
+        # Imported here because it imports torch, which other verbs need not wait for.
+        from pipelines.train import describe, needs, resolve, train
+
         config = job_config.load(TrainConfig, job, overrides)
         if dry_run:
             job_config.show(config, describe(resolve(config)))
@@ -35,7 +40,7 @@ def run(job: str, overrides: tuple[str, ...] = (), *, dry_run: bool = False, new
     return runtime.run(body)
 
 
-def _show_outcome(outcome: Outcome) -> None:
+def _show_outcome(outcome: "Outcome") -> None:
     out = Console(highlight=False, soft_wrap=True)
     out.print(visible(outcome.message), markup=False)
     result = outcome.result

@@ -11,14 +11,16 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import safetensors.torch
 from pydantic import TypeAdapter, ValidationError
-from torch import Tensor
 
 from crossenc.errors import RunConflictError, StorageError
 from pipelines.plan import RUN_FOLDER
 from pipelines.storage import Location, delete, list_files, put, put_new, read_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CHECKPOINT_FOLDER = "checkpoints"
 #: What makes a folder the output of a training run.
@@ -92,16 +94,18 @@ def before_the_first_step(fingerprint: str, num_steps: int) -> Checkpoint:
 
 
 def store(
-    output: Location, checkpoint: Checkpoint, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]
+    output: Location, checkpoint: Checkpoint, weights: "Mapping[str, Tensor]", optimizer: "Mapping[str, Tensor]"
 ) -> Checkpoint:
     """Stores tensors, then the record; returns the record with their files in it.
 
     A checkpoint of the same step that is there already stays, and is returned.
     """
+    from safetensors.torch import save  # here, because it imports torch
+
     folder = f"{CHECKPOINT_FOLDER}/{_name(checkpoint.step)}-{uuid.uuid4().hex[:12]}"
     stored = {}
     for name, tensors in (("weights", weights), ("optimizer", optimizer)):
-        body = safetensors.torch.save(dict(tensors))
+        body = save(dict(tensors))
         path = f"{folder}/{name}.safetensors"
         put(output / path, body)
         stored[name] = StoredTensors(path, len(body), hashlib.sha256(body).hexdigest())
@@ -127,8 +131,10 @@ def read_all(output: Location, fingerprint: str | None = None) -> list[Checkpoin
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
-def read_tensors(output: Location, file: StoredTensors) -> dict[str, Tensor]:
+def read_tensors(output: Location, file: StoredTensors) -> "dict[str, Tensor]":
     """The tensors of a file. Raises StorageError where they are not what was stored."""
+    from safetensors.torch import load
+
     place = output / file.path
     try:
         body = read_bytes(place)
@@ -138,7 +144,7 @@ def read_tensors(output: Location, file: StoredTensors) -> dict[str, Tensor]:
         ) from None
     if hashlib.sha256(body).hexdigest() != file.sha256:
         raise StorageError(f"{place} is damaged: restore it, or delete its checkpoint's record to go back one")
-    tensors: dict[str, Tensor] = safetensors.torch.load(body)
+    tensors: dict[str, Tensor] = load(body)
     return tensors
 
 
@@ -181,7 +187,7 @@ class CheckpointWriter:
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
 
-    def write(self, checkpoint: Checkpoint, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
+    def write(self, checkpoint: Checkpoint, weights: "Mapping[str, Tensor]", optimizer: "Mapping[str, Tensor]") -> None:
         """Begins to store a checkpoint; waits first for the one before. The tensors must be copies."""
         self.wait()
         self._pending = self._pool.submit(self._store, checkpoint, weights, optimizer)
@@ -199,7 +205,9 @@ class CheckpointWriter:
         finally:
             self._pool.shutdown()
 
-    def _store(self, checkpoint: Checkpoint, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
+    def _store(
+        self, checkpoint: Checkpoint, weights: "Mapping[str, Tensor]", optimizer: "Mapping[str, Tensor]"
+    ) -> None:
         store(self._output, checkpoint, weights, optimizer)
         prune(self._output, checkpoint.fingerprint, self._num_newest)
         self._say(f"checkpoint after step {checkpoint.step:,} stored")

@@ -258,8 +258,6 @@ def _prepared(job: TrainJob, started: float, display: TrainProgress, should_stop
         if config.validation is not None:
             judged = replace(settings, group_default=True)
             validation = prepare(config.validation, folder / "validation", job.model, settings=judged, **watch)
-    if not train.num_lists:
-        raise CrossEncError(f"nothing is left to train on: see {folder} for what was refused, and why")
     problems = objective_problems(job.objective, train.statistics, job.num_labels)
     for problem in problems:
         display.say(f"warning: {problem}")

@@ -12,6 +12,8 @@ import yaml
 from crossenc.testing import tiny_checkpoint
 from pipelines.config import RerankConfig, ScoringConfig
 from pipelines.mine_config import MineConfig
+from pipelines.train_config import TrainConfig
+from tests.support.checkpoints import make_backbone
 from tests.support.collections import make_collection, read_results
 
 ROOT = Path(__file__).parent.parent
@@ -31,7 +33,8 @@ def workplace(tmp_path_factory) -> Path:
     """A folder as the README assumes it: candidates, a model and the job file."""
     folder = tmp_path_factory.mktemp("readme")
     tiny_checkpoint(folder / "my-model", max_length=512)
-    pairs = make_collection(folder, num_queries=5).pairs
+    make_backbone(folder / "my-backbone")
+    pairs = make_collection(folder, num_queries=40).pairs
     pairs.to_parquet(folder / "candidates.parquet", index=False)
     judged = pairs.groupby("query_id").first().reset_index()[["query_id", "doc_id"]]
     judged.assign(relevance=1).to_parquet(folder / "qrels.parquet", index=False)
@@ -49,18 +52,19 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess:
 
 def test_the_commands_of_the_job_run_in_the_order_of_the_readme(workplace):
     wanted = commands("crossenc ") + commands("python -m jobs.rerank")
-    assert len(wanted) == 6
+    assert len(wanted) == 7
     for command in wanted:
         done = run(command, workplace)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
         if "--dry-run" in command:
-            assert "50 pairs" in done.stdout
+            assert "400 pairs" in done.stdout
             assert not (workplace / "reranked").exists()
         if "status" in command:
-            assert "finished" in done.stdout and "5 queries" not in done.stderr
-    assert len(read_results(workplace / "reranked")) == 50
-    assert len(read_results(workplace / "reranked-top3")) == 15
+            assert "finished" in done.stdout and "40 queries" not in done.stderr
+    assert len(read_results(workplace / "reranked")) == 400
+    assert len(read_results(workplace / "reranked-top3")) == 120
     assert list((workplace / "training" / "data").iterdir())
+    assert (workplace / "trained" / "model" / "README.md").exists()
 
 
 def test_the_python_example_runs(workplace):
@@ -120,6 +124,12 @@ def test_every_setting_of_mining_is_explained_and_every_explained_setting_exists
     assert {name for cell in cells for name in re.findall(r"`([a-z_]+)`", cell)} == set(MineConfig.model_fields)
 
 
+def test_every_setting_of_training_is_explained_and_every_explained_setting_exists():
+    table = README.split("| setting of `train` | default | meaning |")[1].split("\n\n")[0]
+    cells = [line.split("|")[1] for line in table.splitlines()[2:]]
+    assert {name for cell in cells for name in re.findall(r"`([a-z_]+)`", cell)} == set(TrainConfig.model_fields)
+
+
 def test_the_annotated_tree_names_every_module_and_nothing_else():
     tree = README.split("## How it is built")[1].split("```")[1]
     for package in ("crossenc", "pipelines"):
@@ -129,7 +139,7 @@ def test_the_annotated_tree_names_every_module_and_nothing_else():
         assert named | {"records.py", "schemas.py", "testing.py"} == real | {"records.py", "schemas.py", "testing.py"}
 
 
-@pytest.mark.parametrize(("name", "kind"), [("rerank", RerankConfig), ("mine", MineConfig)])
+@pytest.mark.parametrize(("name", "kind"), [("rerank", RerankConfig), ("mine", MineConfig), ("train", TrainConfig)])
 def test_the_commented_job_file_is_valid_and_comments_out_what_there_is(name, kind):
     text = (ROOT / "jobs" / "configs" / f"{name}.yaml").read_text()
     kind.model_validate(yaml.safe_load(text))

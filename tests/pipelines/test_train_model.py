@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertModel
 
 from crossenc import CrossEncoder
 from crossenc.loop.optimizer import load_trained_weights, trained_weights
@@ -11,6 +10,7 @@ from crossenc.testing import tiny_checkpoint
 from pipelines.train_config import TrainConfig
 from pipelines.train_model import build, source
 from tests.crossenc.loop.support import make_learner, make_lists
+from tests.support.checkpoints import make_backbone
 
 
 def make(folder, **more):
@@ -21,11 +21,7 @@ def make(folder, **more):
 @pytest.fixture
 def backbone(tmp_path):
     """A folder with a tokenizer and a model without a head."""
-    folder = tiny_checkpoint(tmp_path / "backbone")
-    (folder / "model.safetensors").unlink()
-    torch.manual_seed(0)
-    BertModel(BertConfig.from_pretrained(folder)).save_pretrained(folder)
-    return folder
+    return make_backbone(tmp_path / "backbone")
 
 
 def test_a_new_head_is_drawn_by_the_seed(backbone):
