@@ -1,6 +1,7 @@
 """Token ids to scores: one model on one device. Knows no text, no file and no ranking.
 
-Batches are packed, without padding, where the model and the device allow it (crossenc.packing), else padded.
+Batches are packed, without padding, where the model and the device allow it (crossenc.packing), else padded; those of a
+compiled model are padded to a few shapes (crossenc.compiling).
 
 Shape letters: P pairs, B pairs of one batch, W tokens of its longest pair, L labels.
 """
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from crossenc.batching import WINDOW, token_budget_batches
+from crossenc.compiling import Shapes, compile_backbone, shapes_of
 from crossenc.errors import ConfigError
 from crossenc.float32_layers import keep_in_float32
 from crossenc.loading import load_parts, num_labels_of, read_layout, resolve_activation
@@ -118,12 +120,13 @@ class Engine:
         device: str | torch.device | None = None,
         activation: Activation | None = None,
         max_batch_tokens: int | None = None,
+        compiles: bool = False,
     ) -> "Engine":
         """Load the model of a local folder for the pairs of `tokenizer`.
 
         What is None is the checkpoint's own (labels, activation) or suits the machine (device, batch size); a dtype
-        "auto" does, too. Raises CheckpointError as `load_parts` and `resolve_activation` do, ConfigError for a dtype
-        that is not supported.
+        "auto" does, too. With `compiles` the backbone is compiled (crossenc.compiling). Raises
+        CheckpointError as `load_parts` and `resolve_activation` do, ConfigError for a dtype that is not supported.
         """
         chosen = default_device() if device is None else torch.device(device)
         layout = read_layout(folder)
@@ -131,8 +134,11 @@ class Engine:
         found = num_labels_of(parts)
         network = nn.Sequential(*parts)
         keep_in_float32(network, layout.fp32_modules)
+        network.eval().to(chosen)
+        if compiles:
+            compile_backbone(network[0].model)
         return cls(
-            network=network.eval().to(chosen),
+            network=network,
             num_labels=found,
             pad_token_id=tokenizer.pad_token_id,
             padding_side=tokenizer.padding_side,
@@ -167,8 +173,10 @@ class Engine:
         fit raises torch.OutOfMemoryError.
         """
         is_packed = self.is_packed
+        shapes = None if is_packed else shapes_of(self.network)
+        lengths = pairs.lengths if shapes is None else shapes.widths(pairs.lengths)
         cut = partial(token_budget_batches, max_batch_pairs=self.max_batch_pairs, is_packed=is_packed)
-        todo = deque(cut(pairs.lengths, self.max_batch_tokens, self.window))
+        todo = deque(cut(lengths, self.max_batch_tokens, self.window))
         done: list[NDArray[np.int64]] = []
         # Scores stay on the device until the end: copying each batch back would wait for it.
         scores: list[torch.Tensor] = []
@@ -176,12 +184,12 @@ class Engine:
         self.network.eval()
         try:
             with torch.inference_mode():
-                forward = self._forward(pairs, is_packed)
+                forward = self._forward(pairs, is_packed, shapes)
                 while todo:
                     batch_scores = self._score_or_none(forward, todo[0])
                     if batch_scores is None:
-                        budget = _smaller_budget(pairs.lengths[todo[0]], is_packed)
-                        todo = deque(batch[part] for batch in todo for part in cut(pairs.lengths[batch], budget))
+                        budget = _smaller_budget(lengths[todo[0]], is_packed)
+                        todo = deque(batch[part] for batch in todo for part in cut(lengths[batch], budget))
                         continue
                     done.append(todo.popleft())
                     scores.append(batch_scores)
@@ -191,7 +199,9 @@ class Engine:
             self.network.train(was_training)
         return self._in_input_order(scores, done)
 
-    def _forward(self, pairs: TokenizedPairs, is_packed: bool) -> Callable[[NDArray[np.int64]], torch.Tensor]:
+    def _forward(
+        self, pairs: TokenizedPairs, is_packed: bool, shapes: Shapes | None
+    ) -> Callable[[NDArray[np.int64]], torch.Tensor]:
         """What gives the logits [B, L] of the pairs at given positions."""
         if is_packed:
             return partial(PackedForward(self.network, self.device), pairs)
@@ -201,7 +211,16 @@ class Engine:
             logits: torch.Tensor = view(self.batch_inputs(pairs, batch))["scores"]
             return logits
 
-        return padded
+        def bucketed(batch: NDArray[np.int64]) -> torch.Tensor:
+            assert shapes is not None
+            width = int(shapes.widths(pairs.lengths[batch]).max())
+            most = self.max_batch_tokens // width
+            num_more = shapes.num_rows(len(batch), min(most, self.max_batch_pairs or most)) - len(batch)
+            rows = np.pad(batch, (0, num_more), mode="edge")  # the last pair again, and again
+            logits: torch.Tensor = view(self.batch_inputs(pairs, rows, width))["scores"]
+            return logits[: len(batch)].clone()  # the next call may overwrite what a compiled one gave
+
+        return padded if shapes is None else bucketed
 
     def _in_input_order(self, scores: list[torch.Tensor], batches: list[NDArray[np.int64]]) -> NDArray[np.float32]:
         num_pairs = sum(map(len, batches))
@@ -224,10 +243,12 @@ class Engine:
             torch.cuda.empty_cache()
         return None
 
-    def batch_inputs(self, pairs: TokenizedPairs, batch: NDArray[np.int64]) -> dict[str, torch.Tensor]:
-        """Model inputs of the pairs at `batch`, int64 [B, W] on the device, padded to the longest."""
+    def batch_inputs(
+        self, pairs: TokenizedPairs, batch: NDArray[np.int64], width: int | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Model inputs of the pairs at `batch`, int64 [B, W] on the device, padded to `width` or to the longest."""
         lengths = pairs.lengths[batch]
-        width = int(lengths.max())
+        width = width or int(lengths.max())
         columns = np.arange(width)
         if self.padding_side == "left":
             columns = columns[None, :] - (width - lengths)[:, None]

@@ -21,6 +21,7 @@ from crossenc.adapters import AdapterMixin, has_adapters
 from crossenc.card import CrossEncoderModelCardData
 from crossenc.chat import ChatTokenizer
 from crossenc.checkpoint import fetch, fetch_base
+from crossenc.compiling import compile_backbone
 from crossenc.deprecation import accepts_old_arguments
 from crossenc.engine import Activation, Engine, default_batch_tokens, default_device
 from crossenc.errors import CheckpointError, ConfigError, InputError
@@ -211,6 +212,14 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
             device=self.device,
             max_batch_tokens=default_batch_tokens(self.device) if limit is None else limit,
         )
+
+    def compile(self, **settings: Any) -> None:
+        """Let torch.compile compute the backbone from now on; `settings` are its own, with defaults that fit.
+
+        Batches are padded then, to a few widths and numbers of rows, and the first call takes a minute more. For the
+        CPU, where batches without padding are faster, it is not worth while.
+        """
+        compile_backbone(self.model, **settings)
 
     def get_backend(self) -> str:
         """What scores: "torch" or "onnx"."""

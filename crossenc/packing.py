@@ -20,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from crossenc import mpnet
 from crossenc.attention import PACKED_ATTENTION, Sequences, current_sequences, packed_attention, register
+from crossenc.compiling import is_compiled
 from crossenc.modules import Dense, Features, LayerNorm, Pooling, Transformer
 from crossenc.precision import is_narrow
 from crossenc.records import TokenizedPairs
@@ -116,13 +117,7 @@ def _last_attention(model: PreTrainedModel) -> Any:
 
 def _is_altered(module: nn.Module) -> bool:
     """Whether somebody else has a say in how the module is called: torch.compile, hooks, another forward."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._compiled_call_impl is not None
-        or "forward" in vars(module)
-        or type(module).__name__ == "OptimizedModule"
-    )
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) or is_compiled(module))
 
 
 def pack(

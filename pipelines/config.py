@@ -29,6 +29,9 @@ class ScoringConfig(_Settings):
     ] = "float32"
     max_batch_tokens: Annotated[int | None, Field(ge=1, description="tokens in one batch")] = None
     max_length: Annotated[int | None, Field(ge=1, description="tokens a pair may have; more are cut")] = None
+    compile: Annotated[
+        bool, Field(description="compile the model, with CUDA graphs on GPUs; batches are padded then, to few shapes")
+    ] = False
     backend: Annotated[Literal["torch", "onnx"], Field(description="what runs the model")] = "torch"
     onnx_file: Annotated[
         str | None, Field(description="file in the checkpoint's folder onnx; model.onnx by default")
@@ -40,14 +43,17 @@ class ScoringConfig(_Settings):
             raise ValueError(
                 "backend onnx runs on CPUs, in the precision of its file: leave dtype and gpus_per_actor out"
             )
+        if self.backend == "onnx" and self.compile:
+            raise ValueError("compile goes with backend: torch")
         if self.backend != "onnx" and self.onnx_file is not None:
             raise ValueError("onnx_file goes with backend: onnx")
         return self
 
     def result_options(self) -> dict[str, Any]:
-        """The settings that change scores. Those of ONNX are among them where it is used."""
+        """The settings that change scores. Those of ONNX and of compiling are among them where they are used."""
         names = {"dtype", "max_batch_tokens", "max_length"}
-        return self.model_dump(include=names | ({"backend", "onnx_file"} if self.backend == "onnx" else set()))
+        names |= {"backend", "onnx_file"} if self.backend == "onnx" else set()
+        return self.model_dump(include=names | ({"compile"} if self.compile else set()))
 
 
 class InterpolateConfig(_Settings):

@@ -64,6 +64,7 @@ class CheckpointModel:
     max_length: int | None = None
     max_batch_tokens: int | None = None
     device: str | None = None
+    compiles: bool = False
     backend: str = "torch"
     onnx_file: str | None = None
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
@@ -123,6 +124,7 @@ class CheckpointModel:
                 dtype=self.dtype,
                 device=self.device,
                 max_batch_tokens=self.max_batch_tokens,
+                compiles=self.compiles,
             )
         check_canary(engine, tokenizer, self.source)
         return engine
@@ -132,7 +134,7 @@ class CheckpointModel:
             return None
         onnx_path = self._onnx_path() or "\0"
         expected = {name: digest for name, digest in self.expected.items() if not name.startswith(onnx_path)}
-        return replace(self, dtype="float32", backend="torch", onnx_file=None, expected=expected)
+        return replace(self, dtype="float32", compiles=False, backend="torch", onnx_file=None, expected=expected)
 
     def folder(self) -> Path:
         """The checkpoint on this machine, fetched first where it is not."""
@@ -168,6 +170,7 @@ def from_config(config: RerankConfig) -> CheckpointModel:
         max_length=scoring.max_length,
         max_batch_tokens=scoring.max_batch_tokens,
         device="cuda" if scoring.gpus_per_actor > 0 else "cpu",
+        compiles=scoring.compile,
         backend=scoring.backend,
         onnx_file=scoring.onnx_file,
         storage_options=config.storage_options if "://" in config.model else {},

@@ -4,6 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from pipelines.config import InterpolateConfig, RerankConfig
+from pipelines.model import from_config
 
 NEEDED = {"candidates": "c.parquet", "model": "m", "output": "o"}
 
@@ -57,6 +58,13 @@ def test_credentials_do_not_show_when_a_job_is_printed():
     assert "my-secret-key" not in repr(config)
 
 
+def test_a_job_may_compile_its_model_but_not_the_exact_one_nor_an_onnx_file():
+    model = from_config(RerankConfig.model_validate(NEEDED | {"scoring": {"compile": True, "dtype": "bfloat16"}}))
+    assert model.compiles and not model.exact().compiles
+    with pytest.raises(ValidationError, match="compile goes with backend: torch"):
+        RerankConfig.model_validate(NEEDED | {"scoring": {"compile": True, "backend": "onnx"}})
+
+
 CHANGES_RESULTS = [
     {"layout": "pairs"},
     {"columns": {"text": "body"}},
@@ -70,6 +78,7 @@ CHANGES_RESULTS = [
     {"scoring": {"dtype": "auto"}},
     {"scoring": {"max_batch_tokens": 99}},
     {"scoring": {"max_length": 99}},
+    {"scoring": {"compile": True}},
 ]
 CHANGES_NOTHING = [
     {"scoring": {"actors": 3, "gpus_per_actor": 1, "cpus_per_actor": 2}},
