@@ -248,6 +248,7 @@ def _shallow_copy(module: AnyModule) -> AnyModule:
     """A module with the same parameters and children, whose children can be replaced."""
     seen = object.__new__(type(module))
     vars(seen).update(vars(module), _modules=dict(module._modules))
+    vars(seen).pop("_compiled_call_impl", None)  # it calls the module itself
     return seen
 
 

@@ -14,6 +14,7 @@ from crossenc import CrossEncoder
 from crossenc import engine as engines
 from crossenc.compiling import Shapes, compile_backbone, shapes_of
 from crossenc.engine import Engine
+from crossenc.packing import scoring_view
 from crossenc.testing import Family, tiny_checkpoint
 from crossenc.tokenizer import load_tokenizer
 from tests.crossenc.test_packing import MAX_LENGTH, PACKED, PADDED, TOLERANCE, classifier, random_pairs
@@ -126,6 +127,13 @@ def test_a_model_of_16_bits_is_compiled_too(tmp_path: Path) -> None:
     model.compile(backend=graphs)
     np.testing.assert_allclose(model.predict(pairs), expected, atol=0.02)
     assert graphs.num_compiled == 1
+
+
+def test_a_compiled_model_of_16_bits_still_has_its_head_in_float32() -> None:
+    network = classifier("bert").network.bfloat16()
+    network[0].model.compile(backend="eager")
+    seen = scoring_view(network, is_packed=False)[0].model
+    assert (seen.classifier.weight.dtype, seen._compiled_call_impl) == (torch.float32, None)
 
 
 @pytest.mark.faults  # 15 s of compiling each: with the other long tests
