@@ -109,7 +109,7 @@ def test_a_finished_run_leaves_a_model_with_a_card_a_report_and_a_manifest(scene
     card = (undisturbed / "model" / "README.md").read_text()
     for fact in (
         "BinaryCrossEntropyLoss",
-        "48 training samples",
+        "Size: 48 samples",
         "0.003",
         "Training Loss",
         manifest["lineage"]["Parent"],
