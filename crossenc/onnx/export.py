@@ -42,7 +42,7 @@ _MAX_CHECKED_TOKENS = 1024
 _MAX_FILE_BYTES = 1_900_000_000
 _CALIBRATION_BATCH_TOKENS = 2048
 #: Mean difference of int8's logits on the calibration pairs, in standard deviations of the logits.
-MAX_INT8_ERROR = 0.03
+MAX_INT8_ERROR = 0.01
 
 
 @dataclass(frozen=True, slots=True)
