@@ -199,7 +199,7 @@ def _quantized_group(
     # What activations like GELU give is hardly below 0: signed codes would waste half of the 256.
     is_signed = seen.lowest < -seen.highest / 4
     lowest = 0.0 if is_signed else seen.lowest
-    moments_KK = seen.moments_KK / np.outer(factor_K, factor_K)
+    moments_KK = (seen.moments_KK / np.outer(factor_K, factor_K)).astype(np.float32)
     codes = {}
     for name, weight_KN in layers.items():
         smooth_KN = weight_KN * factor_K[:, None]
