@@ -60,6 +60,8 @@ def _table(facts: dict[str, Any]) -> Table:
     if quality["ndcg"] is not None:
         judged = f"nDCG@10 of {quality['num_judged_queries']:,} judged queries"
         table.add_row(judged, f"{quality['reference_ndcg']:.4f}", f"{quality['ndcg']:.4f}")
+        if quality["ndcg_drop_error"] is not None:
+            table.add_row("standard error of its fall", "", f"{quality['ndcg_drop_error']:.4f}")
     table.add_row("pairs a second", f"{rates['torch']:,.1f}", f"{rates['onnx']:,.1f}")
     table.add_row(
         "largest and mean difference of scores", "", _both(quality["max_difference"], quality["mean_difference"])

@@ -41,8 +41,9 @@ _MAX_CHECKED_TOKENS = 1024
 #: Protobuf holds 2 GB; the weights of larger models go into a file beside theirs.
 _MAX_FILE_BYTES = 1_900_000_000
 _CALIBRATION_BATCH_TOKENS = 2048
-#: Mean difference of int8's logits on the calibration pairs, in standard deviations of the logits.
-MAX_INT8_ERROR = 0.03
+#: Mean difference of int8's logits on the calibration pairs, in standard deviations of the logits. Random errors of
+#: this size leave the nDCG@10 of MiniLM-L6 on 200 queries within 0.002 in 17 draws of 20, twice as large ones in 13.
+MAX_INT8_ERROR = 0.012
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,15 @@
 """Float32 ONNX graphs to int8 ones that rank alike: what is multiplied in int8, and what had better not be.
 
-Weights are int8 with a scale a column, activations uint8 with a scale a batch, found while scoring. Three things keep
-the scores close to float32's:
+The input of a layer becomes uint8 with a scale for every token, found while scoring; weights are int8 with a scale for
+every output. Four things keep the scores close to float32's:
 
     heads and embeddings   stay float32: they cost next to nothing, and every error in them is one of the score
-    loud neurons           a few neurons between the two layers of a feed-forward block are many times louder than
-                           the rest and would set its scale; they are computed beside it, in float32
-    loud channels          of a normalised input are divided by a factor that its weights are multiplied with
+    loud inputs            some inputs of a layer are many times louder than the rest and would set a token's scale:
+                           each is divided by a factor that its weights are multiplied with
+    careful rounding       a weight's rounding error is made up for by the weights of the same output that are rounded
+                           after it, as far as their inputs go together: Frantar et al., GPTQ (2022), algorithm 1
+    no overflow            before VNNI, processors sum two products in 16 bits: weights are scaled so that no two are
+                           too large together, which costs less precision than 7 bits for all of them
 
 Knows graphs and arrays, no texts, no model of torch and no ranking.
 
@@ -15,36 +18,36 @@ Shape letters: K inputs of a layer, N its outputs.
 
 import logging
 import platform
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
-from onnxruntime.quantization import QuantType, quantize_dynamic
+from scipy.linalg import cholesky
 
 from crossenc.errors import CheckpointError
-from crossenc.onnx.session import open_session, quiet_exporters
+from crossenc.onnx.session import open_session
 
 logger = logging.getLogger(__name__)
 
 Inputs = Mapping[str, NDArray[np.int64]]
 Target = Literal["avx2", "avx512_vnni", "arm64"]
 
-#: Neurons of a feed-forward block that stay float32. With 16 of 1,536 the error of MiniLM-L6's scores that comes
-#: from these layers falls from 0.19 to 0.05; with 64 it is the same.
-_LOUD_NEURONS = 16
-#: How much of a channel's loudness goes into the weights, of which the best for a model is taken: with 0.4 the error of
-#: MiniLM-L6's scores is 0.09, with 0.5 it is 0.13, with 0 it is 0.21.
-_SMOOTHINGS = (0.3, 0.4, 0.5, 0.6, 0.7)
-#: Between the layers of a feed-forward block; elementwise, so that neurons may be taken apart.
-_ACTIVATIONS = ("Gelu", "Relu", "Tanh", "Sigmoid")
-_LOUDNESS = "loudness_of_"
+#: The largest code of a weight, and of two weights of one sign that are next to each other where sums have 16 bits:
+#: 255 * (127 + 1) < 2 ** 15, the 1 for both being rounded up.
+_LARGEST_CODE = 127
+#: How much of an input's loudness goes into the weights.
+_SMOOTHING = 0.5
+#: Share of the mean that is added to the diagonal of an input's moments, so that they have an inverse.
+_DAMPING = 0.01
+_ROUNDED_AT_ONCE = 64
+#: Of this many batches one measures every group of layers alone, to put them in order.
+_MEASURED_ALONE = 3
+_PREFIX = "int8_"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,35 @@ class Quantized:
     model: onnx.ModelProto
     num_layers: int
     left_out: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What calibration saw of a layer's input: the largest absolute value [K] and the extremes; the moments [K, K]."""
+
+    loudness_K: NDArray[np.float32]
+    lowest: float
+    highest: float
+    moments_KK: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Layers with the same input, which is quantised once for all: (input - lowest) / factor.
+
+    `is_signed` is whether codes of 128 stand for 0; otherwise codes start at `lowest`. Each layer of `codes` has its
+    weights, int8 [K, N], what one of them is worth, [N], and what the subtraction of `lowest` takes away, [N].
+    """
+
+    source: str
+    is_signed: bool
+    lowest: float
+    factor_K: NDArray[np.float32]
+    codes: dict[str, tuple[NDArray[np.int8], NDArray[np.float32], NDArray[np.float32]]]
+
+    @property
+    def num_weights(self) -> int:
+        return sum(codes_KN.size for codes_KN, _, _ in self.codes.values())
 
 
 def target_of_this_machine() -> Target:
@@ -69,9 +101,9 @@ def quantize(path: Path, calibration: Sequence[Inputs], target: Target, max_erro
     """The graph at `path` in int8, with logits that differ by at most `max_error` in the mean over `calibration`.
 
     `calibration` holds batches of model inputs, int64 [B, W]; `max_error` is in units of the standard deviation of
-    the float32 logits. Layers are left in float32, those with the largest errors of their own first, until the error
-    is small enough. The error is this machine's: without VNNI, a graph for it overflows here. Raises CheckpointError
-    for a graph without a layer to quantise, or one of 2 GB and more.
+    the float32 logits. Layers are left in float32, those first whose squared error is largest for the time that int8
+    saves there, until the error is small enough. The error is this machine's: without VNNI, a graph for it overflows
+    here. Raises CheckpointError for a graph without a layer to quantise, or one of 2 GB and more.
     """
     model = onnx.load(str(path))
     if model.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF:
@@ -80,43 +112,23 @@ def quantize(path: Path, calibration: Sequence[Inputs], target: Target, max_erro
         raise CheckpointError(f"{path} has no layer whose weights can be int8: export it anew with precision float32")
     reference = _logits(model, calibration)
     allowed = max_error * float(reference.std())
-    loudness = _loudness(model, calibration)
-    _part_loud_neurons(model, loudness)
-
-    def attempt(source: onnx.ModelProto, chosen: Sequence[str]) -> tuple[float, onnx.ModelProto]:
-        quantized = _quantize_layers(source, chosen, target)
-        return float(np.abs(_logits(quantized, calibration) - reference).mean()), quantized
-
-    names = [name for group in _groups(model) for name in group]
-    errors = [attempt(_smoothed(model, loudness, smoothing), names)[0] for smoothing in _SMOOTHINGS]
-    model = _smoothed(model, loudness, _SMOOTHINGS[int(np.argmin(errors))])
-    error, quantized = attempt(model, names)
+    groups = _quantized_groups(model, calibration, target)
+    quantized = _in_int8(model, groups)
     left_out: list[str] = []
-    if error > allowed:
+    if (error := _error(quantized, calibration, reference)) > allowed:
         logger.info("int8 of every layer is off by %.4f, %.4f is allowed: measuring each", error, allowed)
-        worst_first = sorted(_groups(model), key=lambda group: -attempt(model, group)[0])
-        while error > allowed and len(left_out) < len(names):
-            left_out += worst_first.pop(0)
-            error, quantized = attempt(model, [name for name in names if name not in left_out])
-    return Quantized(quantized, len(names), tuple(left_out))
+        some = calibration[::_MEASURED_ALONE]
+        some_logits = _logits(model, some)
+        groups.sort(key=lambda group: _error(_in_int8(model, [group]), some, some_logits) ** 2 / group.num_weights)
+    while groups and error > allowed:
+        left_out += groups.pop().codes
+        quantized = _in_int8(model, groups)
+        error = _error(quantized, calibration, reference)
+    return Quantized(quantized, len(_layers(model)), tuple(left_out))
 
 
-def _quantize_layers(model: onnx.ModelProto, names: Sequence[str], target: Target) -> onnx.ModelProto:
-    if not names:
-        return model
-    with TemporaryDirectory(prefix="crossenc-int8-") as folder, quiet_exporters():
-        source, result = Path(folder) / "float32.onnx", Path(folder) / "int8.onnx"
-        onnx.save(model, str(source))
-        quantize_dynamic(
-            str(source),
-            str(result),
-            op_types_to_quantize=["MatMul"],
-            nodes_to_quantize=list(names),
-            per_channel=True,
-            reduce_range=target == "avx2",
-            weight_type=QuantType.QInt8,
-        )
-        return onnx.load(str(result))
+def _error(model: onnx.ModelProto, batches: Sequence[Inputs], reference: NDArray[np.float32]) -> float:
+    return float(np.abs(_logits(model, batches) - reference).mean())
 
 
 def _logits(model: onnx.ModelProto, batches: Sequence[Inputs]) -> NDArray[np.float32]:
@@ -129,7 +141,7 @@ def _run(model: onnx.ModelProto, batches: Sequence[Inputs]) -> Iterator[list[NDA
         yield session.run(None, dict(batch))
 
 
-# --- what a graph is made of
+# --- what is to be quantised
 
 
 def _weights(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
@@ -146,154 +158,174 @@ def _layers(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     ]
 
 
-def _groups(model: onnx.ModelProto) -> list[list[str]]:
-    """Names of the layers to quantise, those together that share an input, which is quantised once for all."""
-    groups: dict[str, list[str]] = {}
-    for node in _layers(model):
-        if not node.name.endswith("_loud"):
-            groups.setdefault(node.input[0], []).append(node.name)
-    return list(groups.values())
-
-
-def _loudness(model: onnx.ModelProto, batches: Sequence[Inputs]) -> dict[str, NDArray[np.float32]]:
-    """The largest absolute value of every channel of each layer's input: name of the input -> float32 [K]."""
+def _seen(model: onnx.ModelProto, names: Iterable[str], batches: Sequence[Inputs]) -> dict[str, _Seen]:
+    """What the tensors `names`, of float32 [B, W, K], are like over the batches."""
     probed = onnx.ModelProto()
     probed.CopyFrom(model)
-    names = list(dict.fromkeys(node.input[0] for node in _layers(model)))
-    probed.graph.initializer.append(numpy_helper.from_array(np.array([0, 1]), f"{_LOUDNESS}axes"))
-    for name in names:
-        output = f"{_LOUDNESS}{name}"
-        probed.graph.node.append(helper.make_node("Abs", [name], [f"{output}_abs"]))
-        axes = [f"{output}_abs", f"{_LOUDNESS}axes"]
-        probed.graph.node.append(helper.make_node("ReduceMax", axes, [output], keepdims=0))
-        probed.graph.output.append(helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, None))
-    found = [outputs[1:] for outputs in _run(probed, batches)]
-    return {
-        name: np.max(np.stack(values), axis=0) for name, values in zip(names, zip(*found, strict=True), strict=True)
-    }
+    names = list(names)
+    probed.graph.output.extend(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names)
+    seen: dict[str, _Seen] = {}
+    for outputs in _run(probed, batches):
+        for name, values in zip(names, outputs[1:], strict=True):
+            states_TK = values.reshape(-1, values.shape[-1])
+            now = _Seen(
+                np.abs(states_TK).max(axis=0), float(values.min()), float(values.max()), states_TK.T @ states_TK
+            )
+            before = seen.setdefault(name, now)
+            if before is not now:
+                np.maximum(before.loudness_K, now.loudness_K, out=before.loudness_K)
+                before.lowest, before.highest = min(before.lowest, now.lowest), max(before.highest, now.highest)
+                before.moments_KK += now.moments_KK
+    return seen
 
 
-def _num_users(model: onnx.ModelProto) -> Counter[str]:
-    """How many nodes take each tensor. Weights have several users where layers share them."""
-    return Counter(name for node in model.graph.node for name in node.input)
+# --- weights
 
 
-# --- exact changes of a graph that make its int8 form better
-
-
-def _part_loud_neurons(model: onnx.ModelProto, loudness: Mapping[str, NDArray[np.float32]]) -> None:
-    """Compute the loudest neurons of each feed-forward block, [h W1 + b1] activated times W2, beside the others."""
-    maker = {output: node for node in model.graph.node for output in node.output}
-    num_users = _num_users(model)
+def _quantized_groups(model: onnx.ModelProto, calibration: Sequence[Inputs], target: Target) -> list[_Group]:
     weights = _weights(model)
-    replaced: dict[int, list[onnx.NodeProto]] = {}
-    dropped: set[int] = set()
-    for second in _layers(model):
-        activation = maker.get(second.input[0])
-        add = maker.get(activation.input[0]) if activation and activation.op_type in _ACTIVATIONS else None
-        if activation is None or add is None or add.op_type != "Add":
-            continue
-        bias = next((name for name in add.input if name in weights), None)
-        first = next((maker[name] for name in add.input if name in maker), None)
-        if bias is None or first is None or first.op_type != "MatMul" or first.input[1] not in weights:
-            continue
-        loud = loudness[second.input[0]]
-        between = (first.output[0], add.output[0], activation.output[0])
-        if len(loud) < 4 * _LOUD_NEURONS or any(num_users[name] != 1 for name in between):
-            continue
-        is_loud = np.zeros(len(loud), dtype=bool)
-        is_loud[np.argsort(-loud)[:_LOUD_NEURONS]] = True
-        block = _Block(first, add, activation, second, bias)
-        replaced[id(second)] = block.parted(model, weights, is_loud)
-        dropped |= {id(first), id(add), id(activation)}
-    nodes = [new for node in model.graph.node for new in replaced.get(id(node), [node]) if id(node) not in dropped]
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    _drop_unused_weights(model)
+    layers: dict[str, dict[str, NDArray[np.float32]]] = {}
+    for node in _layers(model):
+        layers.setdefault(node.input[0], {})[node.name] = numpy_helper.to_array(weights[node.input[1]])
+    seen = _seen(model, layers, calibration)
+    return [_quantized_group(source, seen[source], layers[source], target == "avx2") for source in layers]
 
 
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """The nodes of a feed-forward block, and the name of its first bias."""
-
-    first: onnx.NodeProto
-    add: onnx.NodeProto
-    activation: onnx.NodeProto
-    second: onnx.NodeProto
-    bias: str
-
-    def parted(
-        self, model: onnx.ModelProto, weights: Mapping[str, onnx.TensorProto], is_loud: NDArray[np.bool_]
-    ) -> list[onnx.NodeProto]:
-        nodes: list[onnx.NodeProto] = []
-        for suffix, chosen in (("_quiet", ~is_loud), ("_loud", is_loud)):
-            nodes += self._part(model, weights, suffix, chosen)
-        output = self.second.output[0]
-        nodes.append(helper.make_node("Add", [f"{output}_quiet", f"{output}_loud"], [output]))
-        return nodes
-
-    def _part(
-        self, model: onnx.ModelProto, weights: Mapping[str, onnx.TensorProto], suffix: str, chosen: NDArray[np.bool_]
-    ) -> list[onnx.NodeProto]:
-        first_KN, second_KN = self.first.input[1], self.second.input[1]
-        parts = {
-            first_KN: numpy_helper.to_array(weights[first_KN])[:, chosen],
-            self.bias: numpy_helper.to_array(weights[self.bias])[chosen],
-            second_KN: numpy_helper.to_array(weights[second_KN])[chosen],
-        }
-        # Equal weights, such as biases of 0, are one tensor of many blocks: the new ones are named by this block.
-        names = {name: f"{self.second.name}_{name}{suffix}" for name in parts}
-        for name, array in parts.items():
-            model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array), names[name]))
-        names |= {node.output[0]: f"{node.output[0]}{suffix}" for node in (self.first, self.add, self.activation)}
-        nodes = []
-        for node in (self.first, self.add, self.activation, self.second):
-            copy = onnx.NodeProto()
-            copy.CopyFrom(node)
-            copy.name += suffix
-            copy.input[:] = [names.get(name, name) for name in node.input]
-            copy.output[:] = [f"{name}{suffix}" for name in node.output]
-            nodes.append(copy)
-        return nodes
+def _quantized_group(
+    source: str, seen: _Seen, layers: Mapping[str, NDArray[np.float32]], sums_have_16_bits: bool
+) -> _Group:
+    largest_K = np.max([np.abs(weight_KN).max(axis=1) for weight_KN in layers.values()], axis=0)
+    factor_K = np.maximum(seen.loudness_K, 1e-5) ** _SMOOTHING / np.maximum(largest_K, 1e-5) ** (1 - _SMOOTHING)
+    # What activations like GELU give is hardly below 0: signed codes would waste half of the 256.
+    is_signed = seen.lowest < -seen.highest / 4
+    lowest = 0.0 if is_signed else seen.lowest
+    moments_KK = (seen.moments_KK / np.outer(factor_K, factor_K)).astype(np.float32)
+    codes = {}
+    for name, weight_KN in layers.items():
+        smooth_KN = weight_KN * factor_K[:, None]
+        scale_N = _scales(smooth_KN, sums_have_16_bits)
+        codes_KN = _rounded(smooth_KN / scale_N, moments_KK)
+        taken_KN = codes_KN * scale_N / factor_K[:, None] * lowest
+        codes[name] = (codes_KN, scale_N, taken_KN.sum(axis=0).astype(np.float32))
+    return _Group(source, is_signed, lowest, factor_K, codes)
 
 
-def _smoothed(
-    original: onnx.ModelProto, loudness: Mapping[str, NDArray[np.float32]], smoothing: float
-) -> onnx.ModelProto:
-    """The model with each channel of a normalised input divided by a factor that the weights after it have in them."""
+def _scales(weight_KN: NDArray[np.float32], sums_have_16_bits: bool) -> NDArray[np.float32]:
+    """What a code of 1 is worth, [N], so that the largest weight, or two that are summed, have codes up to 127."""
+    largest_N = np.abs(weight_KN).max(axis=0)
+    if sums_have_16_bits:
+        even_KN = np.pad(weight_KN, ((0, len(weight_KN) % 2), (0, 0)))
+        for part_KN in (np.maximum(even_KN, 0), np.maximum(-even_KN, 0)):
+            largest_N = np.maximum(largest_N, (part_KN[::2] + part_KN[1::2]).max(axis=0))
+    scale_N: NDArray[np.float32] = np.maximum(largest_N, 1e-9) / np.float32(_LARGEST_CODE)
+    return scale_N
+
+
+def _rounded(weight_KN: NDArray[np.float32], moments_KK: NDArray[np.float32]) -> NDArray[np.int8]:
+    """Weights in units of their scales as codes, whose outputs for inputs of these moments differ as little as may be.
+
+    Row by row: what rounding a row does to the outputs is taken off the rows after it.
+    """
+    num_inputs = len(weight_KN)
+    damping_K = np.full(num_inputs, _DAMPING * max(float(np.mean(np.diag(moments_KK))), 1e-9))
+    upper_KK = cholesky(np.linalg.inv(moments_KK.astype(np.float64) + np.diag(damping_K)))
+    rest_KN = weight_KN.astype(np.float64)
+    codes_KN = np.empty(weight_KN.shape, np.int8)
+    for start in range(0, num_inputs, _ROUNDED_AT_ONCE):
+        stop = min(start + _ROUNDED_AT_ONCE, num_inputs)
+        errors = np.empty((stop - start, weight_KN.shape[1]))
+        for row in range(start, stop):
+            codes_KN[row] = np.clip(np.round(rest_KN[row]), -_LARGEST_CODE, _LARGEST_CODE)
+            errors[row - start] = (rest_KN[row] - codes_KN[row]) / upper_KK[row, row]
+            rest_KN[row + 1 : stop] -= np.outer(upper_KK[row, row + 1 : stop], errors[row - start])
+        rest_KN[stop:] -= upper_KK[start:stop, stop:].T @ errors
+    return codes_KN
+
+
+# --- graphs
+
+
+def _in_int8(original: onnx.ModelProto, groups: Sequence[_Group]) -> onnx.ModelProto:
+    """The model with the layers of `groups` in int8."""
     model = onnx.ModelProto()
     model.CopyFrom(original)
-    normalised = {node.output[0] for node in model.graph.node if node.op_type == "LayerNormalization"}
-    weights, num_users = _weights(model), _num_users(model)
-    layers: dict[str, list[onnx.NodeProto]] = {}
-    for node in _layers(model):
-        if node.input[0] in normalised and num_users[node.input[1]] == 1 and not node.name.endswith("_loud"):
-            layers.setdefault(node.input[0], []).append(node)
-    first_use: dict[str, onnx.NodeProto] = {}
-    for name, users in layers.items():
-        largest_K = np.max(
-            [np.abs(numpy_helper.to_array(weights[node.input[1]])).max(axis=1) for node in users], axis=0
-        )
-        loud_K = np.maximum(loudness[name], 1e-5)
-        factor_K = (loud_K**smoothing / np.maximum(largest_K, 1e-5) ** (1 - smoothing)).astype(np.float32)
-        model.graph.initializer.append(numpy_helper.from_array(1 / factor_K, f"{name}_factor"))
-        first_use[name] = helper.make_node("Mul", [name, f"{name}_factor"], [f"{name}_smooth"])
-        for node in users:
-            weight = weights[node.input[1]]
-            array = numpy_helper.to_array(weight) * factor_K[:, None]
-            weight.CopyFrom(numpy_helper.from_array(array, weight.name))
-            node.input[0] = f"{name}_smooth"
+    if not groups:
+        return model
+    group_of = {name: group for group in groups for name in group.codes}
+    quantized: set[str] = set()
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
-        nodes.append(node)
-        nodes += [first_use[name] for name in node.output if name in first_use]
+        group = group_of.get(node.name)
+        if group is None:
+            nodes.append(node)
+            continue
+        if group.source not in quantized:
+            nodes += _input_nodes(model, group)
+            quantized.add(group.source)
+        nodes += _layer_nodes(model, group, node)
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    return model
-
-
-def _drop_unused_weights(model: onnx.ModelProto) -> None:
-    used = {name for node in model.graph.node for name in node.input}
+    used = {name for node in nodes for name in node.input}
     kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
     del model.graph.initializer[:]
     model.graph.initializer.extend(kept)
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    return model
+
+
+def _constant(model: onnx.ModelProto, name: str, value: Any) -> str:
+    model.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
+    return name
+
+
+def _input_nodes(model: onnx.ModelProto, group: _Group) -> list[onnx.NodeProto]:
+    """From a group's input to `<prefix><input>_codes`, uint8 [B, W, K], and `_scale`, float32 [B, W, 1]."""
+    name = f"{_PREFIX}{group.source}"
+    step = 1 / _LARGEST_CODE if group.is_signed else 1 / 255
+    constants = {
+        "lowest": np.float32(group.lowest),
+        "inverse": (1 / group.factor_K).astype(np.float32),
+        "axes": np.array([-1]),
+        "step": np.float32(step),
+        "least": np.float32(1e-9),
+        "one": np.float32(1),
+        "zero": np.uint8(128 if group.is_signed else 0),
+    }
+    for suffix, value in constants.items():
+        _constant(model, f"{name}_{suffix}", value)
+    steps: list[tuple[str, list[str], str]] = [
+        ("Sub", [group.source, f"{name}_lowest"], "shifted"),
+        ("Mul", [group.source if group.is_signed else f"{name}_shifted", f"{name}_inverse"], "smooth"),
+        ("Abs", [f"{name}_smooth"], "absolute"),
+        ("ReduceMax", [f"{name}_absolute", f"{name}_axes"], "largest"),
+        ("Mul", [f"{name}_largest", f"{name}_step"], "stepped"),
+        ("Max", [f"{name}_stepped", f"{name}_least"], "scale"),
+        ("Div", [f"{name}_smooth", f"{name}_scale"], "divided"),
+        ("QuantizeLinear", [f"{name}_divided", f"{name}_one", f"{name}_zero"], "codes"),
+    ]
+    return [
+        helper.make_node(kind, inputs, [f"{name}_{output}"], name=f"{name}_{output}")
+        for kind, inputs, output in (steps[1:] if group.is_signed else steps)
+    ]
+
+
+def _layer_nodes(model: onnx.ModelProto, group: _Group, layer: onnx.NodeProto) -> list[onnx.NodeProto]:
+    name, source = f"{_PREFIX}{layer.name}", f"{_PREFIX}{group.source}"
+    codes_KN, scale_N, taken_N = group.codes[layer.name]
+    inputs = [
+        f"{source}_codes",
+        _constant(model, f"{name}_weight", codes_KN),
+        f"{source}_one",
+        _constant(model, f"{name}_weight_scale", scale_N),
+        f"{source}_zero",
+    ]
+    output = layer.output[0]
+    scaled = output if group.is_signed else f"{name}_scaled"
+    nodes = [
+        helper.make_node("MatMulIntegerToFloat", inputs, [f"{name}_sums"], name=name, domain="com.microsoft"),
+        helper.make_node("Mul", [f"{name}_sums", f"{source}_scale"], [scaled], name=f"{name}_scaled"),
+    ]
+    if not group.is_signed:
+        taken = _constant(model, f"{name}_taken", taken_N)
+        nodes.append(helper.make_node("Add", [scaled, taken], [output], name=f"{name}_given_back"))
+    return nodes

@@ -8,7 +8,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
 from transformers import (
     AutoModel,
     AutoTokenizer,
@@ -247,20 +249,60 @@ def test_int8_keeps_its_error_by_leaving_the_worst_layers_in_float32(bert):
         export_onnx(model, folder, precision="int8")
 
 
-def test_the_changes_before_int8_change_no_score(bert):
+def test_int8_layers_compute_what_their_codes_say(bert):
+    """Every tensor of an int8 layer by hand: codes of tokens and weights, and their products."""
     model, folder = bert
     graph = onnx.load(str(folder / "onnx" / "model.onnx"))
-    features = model.preprocess(random_pairs(8))
-    batches = [{name: tensor.numpy() for name, tensor in features.items()}]
-    before = quantize._logits(graph, batches)
-    loudness = quantize._loudness(graph, batches)
-    quantize._part_loud_neurons(graph, loudness)
-    assert sum(node.name.endswith("_loud") for node in quantize._layers(graph)) == 4, "two a block, two blocks"
-    changed = quantize._smoothed(graph, loudness, 0.5)
-    assert sum(node.op_type == "Mul" and node.output[0].endswith("_smooth") for node in changed.graph.node) == 4
-    np.testing.assert_allclose(
-        quantize._logits(changed, batches), before, rtol=0, atol=1e-5 * max(1, abs(before).max())
+    features = {name: tensor.numpy() for name, tensor in model.preprocess(random_pairs(4)).items()}
+    groups = quantize._quantized_groups(graph, [features], "avx2")
+    assert sorted(group.is_signed for group in groups) == [False] * 2 + [True] * 6, "what GELU gives is hardly negative"
+    weights = quantize._weights(graph)
+    nodes = {node.name: node for node in quantize._layers(graph)}
+    for group in groups:
+        changed = quantize._in_int8(graph, [group])
+        for name, (codes_KN, scale_N, _) in group.codes.items():
+            int8, float32 = (probe(each, [group.source, nodes[name].output[0]], features) for each in (changed, graph))
+            smooth = (float32[0] - group.lowest) / group.factor_K
+            scale = abs(smooth).max(axis=-1, keepdims=True) / (127 if group.is_signed else 255)
+            weight_KN = codes_KN * scale_N / group.factor_K[:, None]
+            expected = (np.round(smooth / scale) * scale * group.factor_K + group.lowest) @ weight_KN
+            np.testing.assert_allclose(int8[1], expected, rtol=0, atol=2e-2 * abs(expected).std())
+            np.testing.assert_allclose(int8[1], float32[1], rtol=0, atol=0.2 * float32[1].std())
+            exact = numpy_helper.to_array(weights[nodes[name].input[1]])
+            assert np.abs(weight_KN - exact).mean() < 0.02 * np.abs(exact).mean() * 2
+
+
+def probe(graph: onnx.ModelProto, names: list[str], features) -> list[np.ndarray]:
+    probed = onnx.ModelProto()
+    probed.CopyFrom(graph)
+    probed.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
+    return next(iter(quantize._run(probed, [features])))[1:]
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.floats(1e-3, 1e3))
+def test_no_two_products_that_are_summed_overflow_16_bits(seed, num_inputs, size):
+    weight_KN = np.random.default_rng(seed).standard_t(2, (num_inputs, 5)).astype(np.float32) * np.float32(size)
+    scale_N = quantize._scales(weight_KN, sums_have_16_bits=True)
+    codes_KN = quantize._rounded(weight_KN / scale_N, np.eye(num_inputs, dtype=np.float32)).astype(int)
+    for start in range(0, num_inputs, 2):
+        pair = codes_KN[start : start + 2]
+        assert np.maximum(pair, 0).sum(axis=0).max() * 255 < 2**15
+        assert np.maximum(-pair, 0).sum(axis=0).max() * 255 <= 2**15
+    assert (quantize._scales(weight_KN, sums_have_16_bits=False) <= scale_N).all()
+
+
+def test_rounding_makes_up_for_errors_where_inputs_go_together():
+    generator = np.random.default_rng(0)
+    states_TK = (generator.normal(size=(512, 8)) @ generator.normal(size=(8, 96))).astype(np.float32)
+    states_TK += generator.normal(size=states_TK.shape).astype(np.float32) / 4
+    weight_KN = generator.normal(size=(96, 24)).astype(np.float32) * 8
+    exact = states_TK @ weight_KN
+    careful, plain = (
+        np.abs(states_TK @ codes_KN - exact).mean()
+        for codes_KN in (quantize._rounded(weight_KN, states_TK.T @ states_TK), np.round(weight_KN))
     )
+    assert careful < plain / 2
+    np.testing.assert_array_equal(quantize._rounded(weight_KN, np.eye(96, dtype=np.float32)), np.round(weight_KN))
 
 
 def test_the_settings_of_sentence_transformers_are_taken_from_model_kwargs(bert):
