@@ -140,7 +140,8 @@ def test_a_finished_run_is_not_run_again_and_another_one_is_refused(scene, undis
 def test_a_run_that_was_stopped_goes_on_to_the_weights_of_an_undisturbed_one(scene, undisturbed, run, tmp_path):
     output = tmp_path / "out"
     settings = config(scene, output, checkpoint_minutes=0, keep_checkpoints=50)
-    outcome, _ = run(settings, should_stop=lambda: len(list((output / "checkpoints").glob("step-*.json"))) > 2)
+    prepared = output / "_run/data/validation/prepared.json"
+    outcome, _ = run(settings, should_stop=prepared.exists)  # the wish is there before the first step
     assert outcome.state == "stopped" and "run the same command again" in outcome.message
     stopped_at = records(output)[-1]["step"]
     assert 0 < stopped_at < 12
