@@ -81,7 +81,8 @@ def ensemble(scores: NDArray[np.float64], scales: Sequence[Scale]) -> NDArray[np
     as a loss needs it that copies probabilities. A teacher that gives one score to everything counts as no opinion.
     """
     if len(scores) == 1:
-        return scores[0]
+        only: NDArray[np.float64] = scores[0]
+        return only
     first = scales[0]
     standard = [(own - scale.mean) / (scale.deviation or 1.0) for own, scale in zip(scores, scales, strict=True)]
     mean: NDArray[np.float64] = np.mean(standard, axis=0)
@@ -119,8 +120,9 @@ class SampleSettings:
 class SampleQuery:
     """A query's N candidates, each document once.
 
-    `text_keys` says which texts are equal (crossenc.mining.text_key); `ranks` int64 [N] are the first stage's, for ties;
-    `scores` float64 [N], NaN for none. `positive_ids` are the judged relevant documents, among the candidates or not.
+    `text_keys` says which texts are equal (crossenc.mining.text_key); `ranks` int64 [N] are the first stage's, for
+    ties; `scores` float64 [N], NaN for none. `positive_ids` are the judged relevant documents, among the candidates or
+    not.
     """
 
     query_id: str
@@ -202,4 +204,5 @@ def strata_of(scores: NDArray[np.float64], num_strata: int) -> NDArray[np.int64]
     if high == low:
         return np.zeros(len(scores), dtype=np.int64)
     share = (high - scores) / (high - low)
-    return np.minimum((share * num_strata).astype(np.int64), num_strata - 1)
+    strata: NDArray[np.int64] = np.minimum((share * num_strata).astype(np.int64), num_strata - 1)
+    return strata

@@ -23,8 +23,8 @@ _PLACES: Mapping[str, tuple[str, str]] = {
 def spread(num_layers: int, num_kept: int) -> tuple[int, ...]:
     """Which of `num_layers` layers are kept, rising from 0: the first, the last and others evenly between.
 
-    One alone is the first. Layers from all heights start a student off better than the lowest ones do: Sanh et al. 2019,
-    DistilBERT, arXiv 1910.01108. Raises ConfigError where there are fewer than 1 or more than there are.
+    One alone is the first. A student that starts from layers of all heights: Sanh et al. 2019, DistilBERT, arXiv
+    1910.01108. Raises ConfigError where there are fewer than 1 or more than there are.
     """
     if not 1 <= num_kept <= num_layers:
         raise ConfigError(f"the model has {num_layers} layers: it cannot keep {num_kept} of them")

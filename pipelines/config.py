@@ -29,6 +29,10 @@ class ScoringConfig(_Settings):
     ] = "float32"
     max_batch_tokens: Annotated[int | None, Field(ge=1, description="tokens in one batch")] = None
     max_length: Annotated[int | None, Field(ge=1, description="tokens a pair may have; more are cut")] = None
+    activation: Annotated[
+        Literal["checkpoint", "identity"],
+        Field(description="what scores go through: what the checkpoint names, or nothing: scores are raw logits"),
+    ] = "checkpoint"
     backend: Annotated[Literal["torch", "onnx"], Field(description="what runs the model")] = "torch"
     onnx_file: Annotated[
         str | None, Field(description="file in the checkpoint's folder onnx; model.onnx by default")
@@ -45,8 +49,9 @@ class ScoringConfig(_Settings):
         return self
 
     def result_options(self) -> dict[str, Any]:
-        """The settings that change scores. Those of ONNX are among them where it is used."""
+        """The settings that change scores. The activation and those of ONNX are among them where they are used."""
         names = {"dtype", "max_batch_tokens", "max_length"}
+        names |= {"activation"} if self.activation != "checkpoint" else set()
         return self.model_dump(include=names | ({"backend", "onnx_file"} if self.backend == "onnx" else set()))
 
 
