@@ -24,6 +24,7 @@ from pipelines import execute, lease, units
 from pipelines import plan as plans
 from pipelines import rerank as reranking
 from pipelines import train as training
+from pipelines.config import RerankConfig
 from pipelines.distill_config import DistillConfig
 from pipelines.distill_lists import ListCounts, list_job
 from pipelines.estimate import estimate
@@ -31,12 +32,12 @@ from pipelines.evaluate import read_qrels
 from pipelines.finish import SUCCESS_FILE, first_changed
 from pipelines.model import CheckpointModel, from_config
 from pipelines.plan import RUN_FOLDER
-from pipelines.storage import Location, check_apart, delete, list_files, locate, put, read_bytes
+from pipelines.storage import Location, check_apart, delete, exists, list_files, locate, put, read_bytes
 from pipelines.train_config import TrainConfig
 from pipelines.train_data_config import LabelledData
 from pipelines.train_files import find_columns
 from pipelines.train_files import list_files as list_input
-from pipelines.train_finish import Finished
+from pipelines.train_finish import MODEL_FOLDER, Finished
 from pipelines.unit_progress import UnitProgress
 
 TEACHERS_FOLDER, LISTS_FOLDER, START_FOLDER, STUDENT_FOLDER = "teachers", "lists", "start", "student"
@@ -145,16 +146,18 @@ def distill(
     return Outcome(trained.state, output, message, drawn.counts, kept, trained.result)
 
 
-def _rerank_config(config: DistillConfig, number: int) -> Any:
+def _rerank_config(config: DistillConfig, number: int) -> RerankConfig:
     folder = locate(config.output, config.storage_options) / f"{TEACHERS_FOLDER}/{number}"
     return config.rerank_config(config.teacher_names[number], folder.uri)
 
 
 def _train_config(config: DistillConfig) -> TrainConfig:
     output = locate(config.output, config.storage_options)
-    start = output / START_FOLDER
+    start = output / f"{START_FOLDER}/{MODEL_FOLDER}"
     model = config.student.model or (start.path if start.scheme == "file" else start.uri)
-    return config.train_config((output / f"{LISTS_FOLDER}/{units.DATA_FOLDER}").uri, model, (output / STUDENT_FOLDER).uri)
+    return config.train_config(
+        (output / f"{LISTS_FOLDER}/{units.DATA_FOLDER}").uri, model, (output / STUDENT_FOLDER).uri
+    )
 
 
 def _first_teacher(config: DistillConfig) -> CheckpointModel:
@@ -166,21 +169,22 @@ def _make_start(config: DistillConfig, folder: Location, num_layers: int) -> tup
     teacher = _first_teacher(config)
     kept = layers_to_keep(teacher.folder(), num_layers)
     parts = plans.describe_parts([], teacher.digests(), {"student_layers": num_layers})
-    try:
-        record = json.loads(read_bytes(folder / _START_RECORD))
-        plans.check_unchanged(record["parts"], parts, folder)
-        if first_changed(folder, [(file["path"], file["bytes"]) for file in record["files"]]) is None:
+    if exists(folder / _START_RECORD):
+        try:
+            record = json.loads(read_bytes(folder / _START_RECORD))
+            stored, made = record["parts"], [(file["path"], file["bytes"]) for file in record["files"]]
+        except (ValueError, KeyError, TypeError):
+            place = folder / _START_RECORD
+            raise RunConflictError(f"{place} is not of this version; start over with --new-run") from None
+        plans.check_unchanged(stored, parts, folder)
+        if first_changed(folder, made) is None:
             return kept
-    except FileNotFoundError:
-        pass
-    except (ValueError, KeyError, TypeError):
-        raise RunConflictError(f"{folder / _START_RECORD} is not of this version; start over with --new-run") from None
     files = []
-    with tempfile.TemporaryDirectory(prefix="crossenc-start-") as place:
-        target = Path(place) / "model"
+    with tempfile.TemporaryDirectory(prefix="crossenc-start-") as temporary:
+        target = Path(temporary) / MODEL_FOLDER
         keep_layers(teacher.folder(), num_layers, target)
         for path in sorted(path for path in target.rglob("*") if path.is_file()):
-            body, name = path.read_bytes(), path.relative_to(target).as_posix()
+            body, name = path.read_bytes(), f"{MODEL_FOLDER}/{path.relative_to(target).as_posix()}"
             put(folder / name, body)
             files.append({"path": name, "bytes": len(body), "sha256": hashlib.sha256(body).hexdigest()})
     put(folder / _START_RECORD, json.dumps({"parts": parts, "files": files}, indent=1).encode())
@@ -190,8 +194,10 @@ def _make_start(config: DistillConfig, folder: Location, num_layers: int) -> tup
 def _remove(output: Location, say: Callable[[str], None]) -> None:
     """Deletes what the stages wrote, the last stage first, so that what a kill leaves can be resumed."""
     delete([output / SUCCESS_FILE])
-    teachers = {file.location.uri.removeprefix((output / TEACHERS_FOLDER).uri + "/").partition("/")[0]
-                for file in list_files(output / TEACHERS_FOLDER)}
+    teachers = {
+        file.location.uri.removeprefix((output / TEACHERS_FOLDER).uri + "/").partition("/")[0]
+        for file in list_files(output / TEACHERS_FOLDER)
+    }
     stages = [(STUDENT_FOLDER, training.remove_run), (LISTS_FOLDER, units.remove_run)]
     stages += [(f"{TEACHERS_FOLDER}/{name}", reranking.remove_run) for name in sorted(teachers)]
     for name, remove in stages:

@@ -27,7 +27,7 @@ class StudentConfig(TrainConfig):
     model: Annotated[str | None, Field(min_length=1, description="folder, URI, or hub id with @revision")] = None  # type: ignore[assignment]
     loss: LossConfig = LossConfig(name=_LOSS)
     max_text_bytes: Annotated[int, Field(exclude=True)] = 0
-    storage_options: Annotated[dict[str, Any], Field(exclude=True, repr=False)] = {}
+    storage_options: dict[str, Any] = Field(default_factory=dict, exclude=True, repr=False)
     drain_seconds: Annotated[float, Field(exclude=True)] = 0
     ray_address: Annotated[str | None, Field(exclude=True)] = None
 
@@ -59,7 +59,7 @@ class DistillConfig(BaseModel):
     corpus: Annotated[str | None, Field(description="table doc_id, text[, title] (layout ids)")] = None
     columns: Annotated[dict[str, str], Field(description="role -> column name, where the usual names differ")] = {}
     scoring: Annotated[ScoringConfig, Field(description="of the teachers, as in rerank; always raw logits")] = (
-        ScoringConfig()
+        ScoringConfig(activation="identity")
     )
     qrels: Annotated[str | None, Field(description="judgements: positives are kept, and come first")] = None
     documents: Annotated[int, Field(description="documents in a list, at most")] = 8
@@ -78,6 +78,11 @@ class DistillConfig(BaseModel):
     drain_seconds: Annotated[float, Field(ge=0, description="time to end well after SIGTERM")] = 60
     ray_address: Annotated[str | None, Field(description="a running cluster; a local one is started if absent")] = None
 
+    @field_validator("scoring", mode="before")
+    @classmethod
+    def _raw(cls, value: Any) -> Any:
+        return {"activation": "identity", **value} if isinstance(value, dict) else value
+
     @model_validator(mode="after")
     def _consistent(self) -> "DistillConfig":
         if not self.teacher_names or not all(self.teacher_names):
@@ -86,8 +91,8 @@ class DistillConfig(BaseModel):
             raise ValueError("teachers names a model twice; once is enough")
         if (self.student.model is None) == (self.student_layers is None):
             raise ValueError("give the student's model, or student_layers for one made from the first teacher")
-        if "activation" in self.scoring.model_fields_set and self.scoring.activation != "identity":
-            raise ValueError("scoring.activation: a student learns from raw logits, leave activation out")
+        if self.scoring.activation != "identity":
+            raise ValueError("a student learns from raw logits: leave scoring.activation out")
         self.sampling()
         try:
             self.rerank_config(self.teacher_names[0], self.output)
@@ -107,10 +112,9 @@ class DistillConfig(BaseModel):
 
     def rerank_config(self, teacher: str, output: str) -> RerankConfig:
         """The job in which a teacher scores the candidates."""
-        same = {*RerankConfig.model_fields} & {*DistillConfig.model_fields} - {"output", "scoring", "qrels"}
+        same = {*RerankConfig.model_fields} & {*DistillConfig.model_fields} - {"output", "qrels"}
         settings = {name: getattr(self, name) for name in same}
-        scoring = self.scoring.model_copy(update={"activation": "identity"})
-        return RerankConfig.model_validate({**settings, "model": teacher, "output": output, "scoring": scoring})
+        return RerankConfig.model_validate({**settings, "model": teacher, "output": output})
 
     def train_config(self, lists: str, model: str, output: str) -> TrainConfig:
         """The job in which the student learns from the lists in a folder, starting from `model`."""
