@@ -11,6 +11,7 @@ import yaml
 
 from crossenc.testing import tiny_checkpoint
 from pipelines.config import RerankConfig, ScoringConfig
+from pipelines.distill_config import DistillConfig
 from pipelines.mine_config import MineConfig
 from tests.support.collections import make_collection, read_results
 
@@ -30,7 +31,7 @@ def commands(prefix: str) -> list[str]:
 def workplace(tmp_path_factory) -> Path:
     """A folder as the README assumes it: candidates, a model and the job file."""
     folder = tmp_path_factory.mktemp("readme")
-    tiny_checkpoint(folder / "my-model", max_length=512)
+    tiny_checkpoint(folder / "my-model", max_length=512, num_layers=4)
     pairs = make_collection(folder, num_queries=5).pairs
     pairs.to_parquet(folder / "candidates.parquet", index=False)
     judged = pairs.groupby("query_id").first().reset_index()[["query_id", "doc_id"]]
@@ -120,6 +121,12 @@ def test_every_setting_of_mining_is_explained_and_every_explained_setting_exists
     assert {name for cell in cells for name in re.findall(r"`([a-z_]+)`", cell)} == set(MineConfig.model_fields)
 
 
+def test_every_setting_of_distilling_is_explained_and_every_explained_setting_exists():
+    table = README.split("| setting of `distill` | default | meaning |")[1].split("\n\n")[0]
+    cells = [line.split("|")[1] for line in table.splitlines()[2:]]
+    assert {name for cell in cells for name in re.findall(r"`([a-z_]+)`", cell)} == set(DistillConfig.model_fields)
+
+
 def test_the_annotated_tree_names_every_module_and_nothing_else():
     tree = README.split("## How it is built")[1].split("```")[1]
     for package in ("crossenc", "pipelines"):
@@ -129,7 +136,7 @@ def test_the_annotated_tree_names_every_module_and_nothing_else():
         assert named | {"records.py", "schemas.py", "testing.py"} == real | {"records.py", "schemas.py", "testing.py"}
 
 
-@pytest.mark.parametrize(("name", "kind"), [("rerank", RerankConfig), ("mine", MineConfig)])
+@pytest.mark.parametrize(("name", "kind"), [("rerank", RerankConfig), ("mine", MineConfig), ("distill", DistillConfig)])
 def test_the_commented_job_file_is_valid_and_comments_out_what_there_is(name, kind):
     text = (ROOT / "jobs" / "configs" / f"{name}.yaml").read_text()
     kind.model_validate(yaml.safe_load(text))

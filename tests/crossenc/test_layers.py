@@ -17,16 +17,12 @@ PAIRS = [("what is the river", "water in the city"), ("bread and music", "the do
 
 
 def deep_checkpoint(folder: Path, family: str, num_layers: int) -> Path:
-    """A tiny checkpoint with more layers than tiny ones have; DistilBERT has BERT's tokenizer."""
-    tiny_checkpoint(folder, "bert" if family == "distilbert" else family)
-    if family == "distilbert":
-        vocab_size = AutoConfig.from_pretrained(folder).vocab_size
-        config = AutoConfig.for_model("distilbert", vocab_size=vocab_size, dim=32, hidden_dim=64, n_heads=4)
-    else:
-        config = AutoConfig.from_pretrained(folder)
-    config.num_labels, config.num_hidden_layers = 1, num_layers
-    if family == "modernbert":
-        config.layer_types = [("sliding_attention", "full_attention")[i % 3 == 0] for i in range(num_layers)]
+    """A checkpoint with that many layers; DistilBERT, of which there is no tiny one, has BERT's tokenizer."""
+    if family != "distilbert":
+        return tiny_checkpoint(folder, family, num_layers=num_layers, seed=1)
+    tiny_checkpoint(folder)
+    sizes = {"dim": 32, "hidden_dim": 64, "n_heads": 4, "n_layers": num_layers, "num_labels": 1}
+    config = AutoConfig.for_model(family, vocab_size=AutoConfig.from_pretrained(folder).vocab_size, **sizes)
     torch.manual_seed(1)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
     return folder

@@ -138,7 +138,7 @@ def test_two_teachers_a_stop_between_stages_and_a_student_half_as_deep(scene, tm
 
     student = CrossEncoder(output / "student" / "model", device="cpu")
     assert student.config.num_hidden_layers == 1
-    again, said = run(config(scene, output))
+    again, _ = run(config(scene, output))
     assert again.state == "already done" and again.lists == counts and files(output) == after
     with pytest.raises(RunConflictError, match="option documents: was 5, is 4"):
         run(config(scene, output, documents=4))
@@ -188,7 +188,7 @@ def test_what_cannot_work_is_said_before_a_teacher_scores(scene, tmp_path):
 
 
 def test_lists_need_whole_runs_of_the_same_candidates(scene, tmp_path):
-    with pytest.raises(ValueError, match="teachers: .* is not the output of a rerank run"):
+    with pytest.raises(ValueError, match=r"teachers: .* is not the output of a rerank run"):
         list_job(config(scene, tmp_path), locate(str(tmp_path / "lists")), [locate(str(scene))])
 
 
