@@ -32,7 +32,7 @@ from pipelines.evaluate import read_qrels
 from pipelines.finish import SUCCESS_FILE, first_changed
 from pipelines.model import CheckpointModel, from_config
 from pipelines.plan import RUN_FOLDER
-from pipelines.storage import Location, check_apart, delete, exists, list_files, locate, put, read_bytes
+from pipelines.storage import Location, check_apart, delete, exists, list_files, locate, put, put_new, read_bytes
 from pipelines.train_config import TrainConfig
 from pipelines.train_data_config import LabelledData
 from pipelines.train_files import find_columns
@@ -140,7 +140,7 @@ def distill(
     trained = training.train(_train_config(config), connect=connect, **shared)
     if trained.state == "stopped":
         return stopped
-    put(output / SUCCESS_FILE, b"")
+    put_new(output / SUCCESS_FILE, b"")
     message = f"{trained.message}; the lists are in {output / LISTS_FOLDER}, the teachers' scores in"
     message += f" {output / TEACHERS_FOLDER}"
     return Outcome(trained.state, output, message, drawn.counts, kept, trained.result)

@@ -12,14 +12,18 @@ from pydantic import ValidationError
 from torch import nn
 
 from crossenc import CrossEncoder
-from crossenc.distillation import ensemble, scale_of
+from crossenc.distillation import SampleQuery, ensemble, sample, scale_of
 from crossenc.errors import ConfigError, RunConflictError
+from crossenc.mining import text_key
 from crossenc.testing import WORDS, tiny_checkpoint
+from pipelines import units
 from pipelines.distill import Outcome, check, distill
 from pipelines.distill_config import DistillConfig
 from pipelines.distill_lists import list_job
+from pipelines.rerank import rerank
 from pipelines.storage import locate
-from tests.support.collections import read_quarantine
+from pipelines.testing import FakeModel
+from tests.support.collections import make_collection, plain_ranking, read_quarantine
 
 NEEDED = {"teachers": "t", "candidates": "c", "output": "o", "student_layers": 1}
 
@@ -225,3 +229,31 @@ def test_each_stage_gets_its_settings():
     assert learning.loss.name == "kl_distillation" and learning.loss.parameters == {"temperature": 2.0}
     assert (learning.epochs, learning.drain_seconds, learning.train.layout) == (3, 5, "lists")
     assert learning.storage_options == {"a": "b"} and "train" not in made.model_dump()["student"]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("layout", ["shuffled", "ids"])
+def test_lists_are_those_that_the_sampling_draws_by_itself_in_any_layout(tmp_path, monkeypatch, layout):
+    monkeypatch.setenv("CROSSENC_CACHE", str(tmp_path / "cache"))
+    collection = make_collection(tmp_path / "in")
+    inputs = collection.write(layout)
+    settings = DistillConfig.model_validate(NEEDED | inputs | {"documents": 4, "shard_candidates": 40})
+    scoring = settings.rerank_config("fake", str(tmp_path / "teacher"))
+    assert rerank(scoring, connect=lambda: 2, stream=io.StringIO(), model=FakeModel()).state == "done"
+    job = list_job(settings, locate(str(tmp_path / "lists")), [locate(str(tmp_path / "teacher"))])
+    outcome = units.run(job, stream=io.StringIO())
+    assert outcome.counts is not None and outcome.counts.num_lists == 20
+
+    expected = {}
+    for query_id, group in plain_ranking(collection.pairs).groupby("query_id"):
+        whole = SampleQuery(
+            query_id=str(query_id),
+            doc_ids=group.doc_id.tolist(),
+            text_keys=[text_key(text) for text in group.text],
+            ranks=group["rank"].to_numpy(),
+            scores=group.score.to_numpy(dtype=np.float64),
+            positive_ids=(),
+        )
+        drawn = group.iloc[sample(whole, settings.sampling()).chosen]
+        expected[group["query"].iloc[0]] = (drawn.text.tolist(), drawn.score.tolist())
+    assert {row["query"]: (row["docs"], row["labels"]) for row in read_lists(tmp_path)} == expected
