@@ -50,7 +50,7 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess:
 
 def test_the_commands_of_the_job_run_in_the_order_of_the_readme(workplace):
     wanted = commands("crossenc ") + commands("python -m jobs.rerank")
-    assert len(wanted) == 6
+    assert len(wanted) == 8
     for command in wanted:
         done = run(command, workplace)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
