@@ -70,7 +70,7 @@ def test_the_end_says_what_was_made_and_where(capsys):
     out = capsys.readouterr().out
     for line in (
         "done; it is in /out",
-        "8 of 10 queries gave lists of 7.5 documents",
+        "8 of 10 queries gave lists of 60 documents, 7.5 a list",
         "1 lists have fewer",
         "7 judged positives are in them, 2 are not",
         "layers 0, 3, 5",
