@@ -164,6 +164,12 @@ def text_key(text: str) -> bytes:
     return hashlib.blake2b(" ".join(text.split()).casefold().encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
+def query_generator(seed: int, query_id: str) -> np.random.Generator:
+    """A generator that draws the same for a seed and a query, wherever and whenever."""
+    digest = hashlib.blake2b(f"{seed} {query_id}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    return np.random.default_rng(int.from_bytes(digest, "little"))
+
+
 def mine(query: MineQuery, settings: MineSettings, others: Others | None = None) -> Mined:
     """Choose the query's negatives by the rules of `settings`: a function of its arguments alone.
 
@@ -245,8 +251,7 @@ def _choose(
     query: MineQuery, settings: MineSettings, usable: NDArray[np.int64], others: Others | None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Positions of the negatives among the candidates and among the others. `usable` comes hardest first."""
-    seed = hashlib.blake2b(f"{settings.seed} {query.query_id}".encode("utf-8", "surrogatepass"), digest_size=16)
-    generator = np.random.default_rng(int.from_bytes(seed.digest(), "little"))
+    generator = query_generator(settings.seed, query.query_id)
     num_hard = settings.num_negatives - settings.num_random
     if settings.sampling == "top":
         hard, rest = usable[:num_hard], usable[num_hard:]

@@ -37,10 +37,11 @@ def tiny_checkpoint(
     num_labels: int = 1,
     seed: int = 0,
     hidden_size: int = 32,
+    num_layers: int = 2,
     max_length: int = 128,
     vocabulary: Sequence[str] = WORDS,
 ) -> Path:
-    """Write a random two-layer cross-encoder with a real fast tokenizer to `folder`, and return it.
+    """Write a small random cross-encoder with a real fast tokenizer to `folder`, and return it.
 
     Weights depend on `seed` alone and are large enough that scores differ from pair to pair. `max_length`
     is in tokens. Raises ConfigError for an unknown family.
@@ -59,7 +60,8 @@ def tiny_checkpoint(
     if family not in makers:
         raise ConfigError(f"there is no tiny checkpoint of family {family!r}: choose from {', '.join(makers)}")
     tokenizer = makers[family](vocabulary, max_length)
-    config = _tiny_config(family, tokenizer, num_labels, hidden_size, max_length)
+    sizes = {"hidden_size": hidden_size, "num_hidden_layers": num_layers}
+    config = _tiny_config(family, tokenizer, num_labels, sizes, max_length)
     with quiet_transformers():
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
@@ -146,7 +148,7 @@ def _scramble(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def _tiny_config(
-    family: Family, tokenizer: "PreTrainedTokenizerFast", num_labels: int, hidden_size: int, max_length: int
+    family: Family, tokenizer: "PreTrainedTokenizerFast", num_labels: int, sizes: dict[str, int], max_length: int
 ) -> "PretrainedConfig":
     from transformers import AutoConfig
 
@@ -155,7 +157,7 @@ def _tiny_config(
     if family == "xlm-roberta":
         num_positions += int(tokenizer.pad_token_id) + 1  # its position table starts after the padding id
     if family == "electra":
-        settings["embedding_size"] = hidden_size
+        settings["embedding_size"] = sizes["hidden_size"]
     if family == "modernbert":
         settings |= {"cls_token_id": tokenizer.cls_token_id, "sep_token_id": tokenizer.sep_token_id}
         settings |= {"local_attention": 16, "classifier_pooling": "mean"}
@@ -165,13 +167,12 @@ def _tiny_config(
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.cls_token_id,
         eos_token_id=tokenizer.sep_token_id,
-        hidden_size=hidden_size,
-        intermediate_size=2 * hidden_size,
-        num_hidden_layers=2,
+        intermediate_size=2 * sizes["hidden_size"],
         num_attention_heads=4,
         max_position_embeddings=num_positions,
         initializer_range=0.3,
         num_labels=num_labels,
+        **sizes,
         **settings,
     )
 

@@ -2,7 +2,7 @@
 
 import typer
 
-from jobs import export, mine, rerank, status, train
+from jobs import distill, export, mine, rerank, status, train
 
 app = typer.Typer(
     name="crossenc",
@@ -14,6 +14,7 @@ app.command("rerank")(rerank.command)
 app.command("train")(train.command)
 app.command("export")(export.command)
 app.command("mine")(mine.command)
+app.command("distill")(distill.command)
 app.command("status")(status.command)
 
 

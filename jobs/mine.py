@@ -57,14 +57,16 @@ def _show_counts(out: Console, counts: MineCounts) -> None:
         out.print(f"{counts.num_short:,} of them have fewer negatives than asked for")
     if counts.num_others:
         out.print(f"{counts.num_others:,} negatives were drawn from other queries")
-    _show(out, f"of {counts.num_candidates:,} candidates", {"chosen": counts.num_negatives}, {"chosen": "a negative"})
-    _show(out, "", {rule: counts.excluded[rule] for rule in RULES if rule in counts.excluded}, RULES)
-    _show(out, "refused candidates, see quarantine/", counts.refused, REASONS)
-    _show(out, "queries left out, see completeness/", counts.left_out, LEFT_OUT)
-    _show(out, "positives left out", counts.dropped_positives, _DROPPED)
+    show_numbers(
+        out, f"of {counts.num_candidates:,} candidates", {"chosen": counts.num_negatives}, {"chosen": "a negative"}
+    )
+    show_numbers(out, "", {rule: counts.excluded[rule] for rule in RULES if rule in counts.excluded}, RULES)
+    show_numbers(out, "refused candidates, see quarantine/", counts.refused, REASONS)
+    show_numbers(out, "queries left out, see completeness/", counts.left_out, LEFT_OUT)
+    show_numbers(out, "positives left out", counts.dropped_positives, _DROPPED)
 
 
-def _show(out: Console, heading: str, numbers: Mapping[str, int], meaning: Mapping[str, str]) -> None:
+def show_numbers(out: Console, heading: str, numbers: Mapping[str, int], meaning: Mapping[str, str]) -> None:
     """A block of the table: how many, which rule or reason, and what that means."""
     if heading and numbers:
         out.print(heading)

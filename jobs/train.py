@@ -10,6 +10,7 @@ from jobs import config as job_config
 from jobs import runtime
 from pipelines.progress import visible
 from pipelines.train_config import TrainConfig
+from pipelines.train_finish import Finished
 
 if TYPE_CHECKING:
     from pipelines.train import Outcome
@@ -43,12 +44,16 @@ def run(job: str, overrides: tuple[str, ...] = (), *, dry_run: bool = False, new
 def _show_outcome(outcome: "Outcome") -> None:
     out = Console(highlight=False, soft_wrap=True)
     out.print(visible(outcome.message), markup=False)
-    result = outcome.result
-    if result is not None:
-        out.print(f"the model is that of step {result.best_step:,} of {result.num_steps:,}")
-        if result.value is not None:
-            before = "" if result.before is None else f", {result.before:.4f} before training"
-            out.print(f"{result.measure} {result.value:.4f}{before}")
+    if outcome.result is not None:
+        show_result(out, outcome.result)
+
+
+def show_result(out: Console, result: Finished) -> None:
+    """Prints what a run came to."""
+    out.print(f"the model is that of step {result.best_step:,} of {result.num_steps:,}")
+    if result.value is not None:
+        before = "" if result.before is None else f", {result.before:.4f} before training"
+        out.print(f"{result.measure} {result.value:.4f}{before}")
 
 
 def command(

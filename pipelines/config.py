@@ -29,6 +29,10 @@ class ScoringConfig(_Settings):
     ] = "float32"
     max_batch_tokens: Annotated[int | None, Field(ge=1, description="tokens in one batch")] = None
     max_length: Annotated[int | None, Field(ge=1, description="tokens a pair may have; more are cut")] = None
+    activation: Annotated[
+        Literal["checkpoint", "identity"],
+        Field(description="what scores go through: what the checkpoint names, or nothing: scores are raw logits"),
+    ] = "checkpoint"
     compile: Annotated[
         bool, Field(description="compile the model, with CUDA graphs on GPUs; batches are padded then, to few shapes")
     ] = False
@@ -50,10 +54,11 @@ class ScoringConfig(_Settings):
         return self
 
     def result_options(self) -> dict[str, Any]:
-        """The settings that change scores. Those of ONNX and of compiling are among them where they are used."""
+        """The settings that change scores. Those off the beaten track are among them where they are used."""
         names = {"dtype", "max_batch_tokens", "max_length"}
-        names |= {"backend", "onnx_file"} if self.backend == "onnx" else set()
-        return self.model_dump(include=names | ({"compile"} if self.compile else set()))
+        names |= {"activation"} if self.activation != "checkpoint" else set()
+        names |= {"compile"} if self.compile else set()
+        return self.model_dump(include=names | ({"backend", "onnx_file"} if self.backend == "onnx" else set()))
 
 
 class InterpolateConfig(_Settings):

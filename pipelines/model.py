@@ -65,6 +65,7 @@ class CheckpointModel:
     max_batch_tokens: int | None = None
     device: str | None = None
     compiles: bool = False
+    activation: str = "checkpoint"  # or identity: scores are raw logits
     backend: str = "torch"
     onnx_file: str | None = None
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
@@ -94,8 +95,8 @@ class CheckpointModel:
         num_labels = read_num_labels(folder, layout)
         if num_labels != 1:
             raise InputError(f"{self.source} gives {num_labels} scores a pair; reranking needs a model with one label")
-        is_sigmoid = type(resolve_activation(layout, num_labels)).__name__ == "Sigmoid"
-        return (0.0, 1.0) if is_sigmoid else (-12.0, 12.0)
+        own = type(resolve_activation(layout, num_labels)).__name__
+        return (0.0, 1.0) if own == "Sigmoid" and self.activation != "identity" else (-12.0, 12.0)
 
     def load_tokenizer(self) -> Tokenizer:
         from crossenc.tokenizer import load_tokenizer
@@ -126,6 +127,8 @@ class CheckpointModel:
                 max_batch_tokens=self.max_batch_tokens,
                 compiles=self.compiles,
             )
+        if self.activation == "identity":
+            engine = engine.with_limits(torch.nn.Identity(), None)
         check_canary(engine, tokenizer, self.source)
         return engine
 
@@ -171,6 +174,7 @@ def from_config(config: RerankConfig) -> CheckpointModel:
         max_batch_tokens=scoring.max_batch_tokens,
         device="cuda" if scoring.gpus_per_actor > 0 else "cpu",
         compiles=scoring.compile,
+        activation=scoring.activation,
         backend=scoring.backend,
         onnx_file=scoring.onnx_file,
         storage_options=config.storage_options if "://" in config.model else {},

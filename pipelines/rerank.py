@@ -118,7 +118,7 @@ def rerank(
         run.say(f"this store's create-only PUT is {create_only}: do not start two runs on one output")
     with lease.hold(job.output, run.snapshot, run.lose, run.say) as epoch:
         if new_run:
-            _remove_run(job.output)
+            remove_run(job.output)
         plan = plans.load(job.output)  # again: another run may have made one while this one waited for the lease
         if plan is None:
             _check_empty(job.output)
@@ -140,7 +140,7 @@ def _check_empty(output: Location) -> None:
             )
 
 
-def _remove_run(output: Location) -> None:
+def remove_run(output: Location) -> None:
     """Deletes everything that runs write below `output`, but for the lease.
 
     The marks of a finished run go first, the plan and its shards last: what a kill half-way leaves can be resumed.

@@ -178,7 +178,7 @@ def train(
 
     with lease.hold(job.output, display.snapshot, lost.append, display.say):
         if new_run:
-            _remove_run(job.output)
+            remove_run(job.output)
         started = _begin(job)
         cores = connect()
         with display:
@@ -368,7 +368,7 @@ def _reason(failure: Sequence[BaseException]) -> str:
     return redact(lines[-1])[:300] if lines else type(failure[0]).__name__
 
 
-def _remove_run(output: Location) -> None:
+def remove_run(output: Location) -> None:
     """Deletes everything that runs write below `output`, but for the lease; what says that it is done goes first."""
     files = [file.location for folder in _FOLDERS for file in list_files(output / folder)]
     keep, state = (output / lease.LEASE_FOLDER).uri, output / TRAIN_STATE_FILE

@@ -11,6 +11,7 @@ import yaml
 
 from crossenc.testing import tiny_checkpoint
 from pipelines.config import RerankConfig, ScoringConfig
+from pipelines.distill_config import DistillConfig
 from pipelines.mine_config import MineConfig
 from pipelines.train_config import TrainConfig
 from tests.support.checkpoints import make_backbone
@@ -32,7 +33,7 @@ def commands(prefix: str) -> list[str]:
 def workplace(tmp_path_factory) -> Path:
     """A folder as the README assumes it: candidates, a model and the job file."""
     folder = tmp_path_factory.mktemp("readme")
-    tiny_checkpoint(folder / "my-model", max_length=512)
+    tiny_checkpoint(folder / "my-model", max_length=512, num_layers=4)
     make_backbone(folder / "my-backbone")
     pairs = make_collection(folder, num_queries=40).pairs
     pairs.to_parquet(folder / "candidates.parquet", index=False)
@@ -52,7 +53,7 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess:
 
 def test_the_commands_of_the_job_run_in_the_order_of_the_readme(workplace):
     wanted = commands("crossenc ") + commands("python -m jobs.rerank")
-    assert len(wanted) == 7
+    assert len(wanted) == 8
     for command in wanted:
         done = run(command, workplace)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
@@ -130,6 +131,12 @@ def test_every_setting_of_training_is_explained_and_every_explained_setting_exis
     assert {name for cell in cells for name in re.findall(r"`([a-z_]+)`", cell)} == set(TrainConfig.model_fields)
 
 
+def test_every_setting_of_distilling_is_explained_and_every_explained_setting_exists():
+    table = README.split("| setting of `distill` | default | meaning |")[1].split("\n\n")[0]
+    cells = [line.split("|")[1] for line in table.splitlines()[2:]]
+    assert {name for cell in cells for name in re.findall(r"`([a-z_]+)`", cell)} == set(DistillConfig.model_fields)
+
+
 def test_the_annotated_tree_names_every_module_and_nothing_else():
     tree = README.split("## How it is built")[1].split("```")[1]
     for package in ("crossenc", "pipelines"):
@@ -139,7 +146,10 @@ def test_the_annotated_tree_names_every_module_and_nothing_else():
         assert named | {"records.py", "schemas.py", "testing.py"} == real | {"records.py", "schemas.py", "testing.py"}
 
 
-@pytest.mark.parametrize(("name", "kind"), [("rerank", RerankConfig), ("mine", MineConfig), ("train", TrainConfig)])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("rerank", RerankConfig), ("mine", MineConfig), ("train", TrainConfig), ("distill", DistillConfig)],
+)
 def test_the_commented_job_file_is_valid_and_comments_out_what_there_is(name, kind):
     text = (ROOT / "jobs" / "configs" / f"{name}.yaml").read_text()
     kind.model_validate(yaml.safe_load(text))

@@ -10,9 +10,9 @@ from crossenc.errors import ConfigError, InputError
 from jobs import config as job_config
 from jobs import mine
 from pipelines import status
-from pipelines.mine import MineProgress
 from pipelines.mine_config import MineConfig
 from pipelines.mine_shard import MineCounts
+from pipelines.unit_progress import UnitProgress
 from tests.support.collections import make_collection
 
 GOOD = "candidates: c.parquet\nqrels: q.parquet\noutput: out\n"
@@ -117,7 +117,7 @@ def test_a_terminal_gets_a_bar_with_rates_and_messages(monkeypatch):
         excluded=nothing,
         dropped_positives=nothing,
     )
-    with MineProgress(terminal) as progress:
+    with UnitProgress(terminal) as progress:
         progress.expect(3, 210, [one])
         progress.update(one)
         progress.say("a message with [brackets] and \x1b[31m")

@@ -79,6 +79,7 @@ CHANGES_RESULTS = [
     {"scoring": {"max_batch_tokens": 99}},
     {"scoring": {"max_length": 99}},
     {"scoring": {"compile": True}},
+    {"scoring": {"activation": "identity"}},
 ]
 CHANGES_NOTHING = [
     {"scoring": {"actors": 3, "gpus_per_actor": 1, "cpus_per_actor": 2}},
@@ -104,6 +105,10 @@ def test_a_setting_that_changes_results_is_part_of_the_fingerprint(settings):
 @pytest.mark.parametrize("settings", CHANGES_NOTHING, ids=str)
 def test_a_setting_that_changes_no_result_can_differ_when_a_run_is_resumed(settings):
     assert _options(settings) == _options({})
+
+
+def test_an_activation_that_is_not_mentioned_leaves_the_fingerprint_of_older_runs():
+    assert "activation" not in _options({}) and _options({}) == _options({"scoring": {"activation": "checkpoint"}})
 
 
 def test_interpolation_takes_a_weight_or_judgements_to_fit_it_on():

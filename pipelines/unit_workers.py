@@ -1,4 +1,4 @@
-"""Processes that mine units side by side on this machine. Knows how to run them, not what a unit is.
+"""Processes that work on units side by side on this machine. Knows how to run them, not what a unit is.
 
 Units are independent and their files depend on nothing else, so how many processes there are changes no byte.
 """
