@@ -103,9 +103,9 @@ def _closed(schema: Any) -> Any:
     if schema.get("x-kubernetes-int-or-string"):
         return {"type": ["integer", "string"]}
     closed = {name: _closed(value) for name, value in schema.items() if name not in ("description", "format")}
-    if "properties" in schema and isinstance(schema["properties"], dict) and "additionalProperties" not in schema:
-        if schema.get("type") == "object" and not schema.get("x-kubernetes-preserve-unknown-fields"):
-            closed["additionalProperties"] = False
+    is_open = "additionalProperties" in schema or schema.get("x-kubernetes-preserve-unknown-fields")
+    if schema.get("type") == "object" and "properties" in schema and not is_open:
+        closed["additionalProperties"] = False
     return closed
 
 

@@ -59,13 +59,13 @@ def main(name: str) -> None:
     cron = call("GET", f"raycronjobs/{name}")
     for job in call("GET", f"rayjobs?labelSelector={LABEL}%3D{name}")["items"]:
         if job.get("status", {}).get("jobDeploymentStatus") not in FINISHED:
-            print(f"{job['metadata']['name']} is unfinished: nothing is created")
+            sys.stdout.write(f"{job['metadata']['name']} is unfinished: nothing is created\n")
             return
     try:
         created = call("POST", "rayjobs", rayjob(cron, int(time.time() // 60)))
     except urllib.error.HTTPError as error:
         sys.exit(f"Kubernetes refused the RayJob with {error.code}: {error.read().decode(errors='replace')[:500]}")
-    print(f"created {created['metadata']['name']}")
+    sys.stdout.write(f"created {created['metadata']['name']}\n")
 
 
 if __name__ == "__main__":
