@@ -17,6 +17,7 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 
 from crossenc.errors import CrossEncError
+from pipelines import metrics
 from pipelines.config import RerankConfig
 from pipelines.stages import (
     Commit,
@@ -48,7 +49,8 @@ class Cluster:
     @classmethod
     def prepare(cls, context: RunContext) -> "Cluster":
         """Puts the context into the object store and starts the control actor."""
-        return cls(ContextRef(ray.put(context)), ray.remote(num_cpus=0)(RunControl).remote())
+        control = ray.remote(num_cpus=0)(RunControl).remote(metrics.run_tag(context.commit.fingerprint))
+        return cls(ContextRef(ray.put(context)), control)
 
     def stop(self) -> set[str]:
         """Lets no more shards begin; returns the ids of those that have begun."""
