@@ -74,7 +74,7 @@ def runs(ray_cluster, tmp_path_factory):
     pairs = collection.pairs.copy()
     pairs.loc[3, "text"] = None
     pairs.loc[36, "text"] = f"this gives {NAN}"
-    slow = StumblingModel(seconds_per_pair=0.03)
+    slow = StumblingModel(seconds_per_pair=0.06)  # longer than the ten seconds between reports
     with Watch() as watch:
         counts = run(
             folder / "bad", model=slow, shard_candidates=40, **Collection(pairs, folder / "b").write("pairs")
