@@ -15,6 +15,7 @@ from typing import Any
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from crossenc.errors import CrossEncError
 from pipelines import metrics
@@ -48,8 +49,13 @@ class Cluster:
 
     @classmethod
     def prepare(cls, context: RunContext) -> "Cluster":
-        """Puts the context into the object store and starts the control actor."""
-        control = ray.remote(num_cpus=0)(RunControl).remote(metrics.run_tag(context.commit.fingerprint))
+        """Puts the context into the object store and starts the control actor.
+
+        The actor lives on the driver's node, where it dies no sooner than the run itself: a node of scorers may go.
+        """
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        start = ray.remote(num_cpus=0, scheduling_strategy=here)(RunControl).remote
+        control = start(metrics.run_tag(context.commit.fingerprint))
         return cls(ContextRef(ray.put(context)), control)
 
     def stop(self) -> set[str]:
