@@ -11,6 +11,7 @@ import yaml
 from ray.scripts.scripts import start as ray_start
 
 from pipelines.config import RerankConfig
+from pipelines.train_config import TrainConfig
 from tests.infra.manifests import (
     CRDS,
     INFRA,
@@ -295,7 +296,7 @@ def test_a_job_cleans_up_and_is_bounded_and_uses_no_fields_that_exclude_each_oth
 
 @every(RAY_JOBS)
 def test_stopping_takes_longer_than_draining(manifest):
-    drain_seconds = RerankConfig.model_fields["drain_seconds"].default
+    drain_seconds = max(kind.model_fields["drain_seconds"].default for kind in (RerankConfig, TrainConfig))
     environment = yaml.safe_load(ray_job_spec(manifest)["runtimeEnvYAML"])["env_vars"]
     assert int(environment["RAY_JOB_STOP_WAIT_TIME_S"]) > drain_seconds
     for pod, spec in pod_specs(manifest).items():
@@ -337,6 +338,11 @@ def test_a_rerank_job_file_is_valid_and_its_actors_fit_the_largest_cluster(path)
         assert config.scoring.actors * config.scoring.gpus_per_actor == most
     else:
         assert config.scoring.cpus_per_actor is not None and config.scoring.actors <= most
+
+
+@pytest.mark.parametrize("path", sorted(KUBERAY.rglob("train.yaml")), ids=lambda p: str(p.relative_to(KUBERAY)))
+def test_a_train_job_file_is_valid(path):
+    TrainConfig.model_validate(yaml.safe_load(path.read_text()))
 
 
 def test_the_jobs_differ_in_nothing_but_their_own():

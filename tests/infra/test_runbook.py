@@ -53,7 +53,7 @@ def test_every_message_in_the_table_of_symptoms_is_one_of_the_program():
     sources = [
         path.read_text() for package in ("crossenc", "pipelines", "jobs") for path in (ROOT / package).rglob("*.py")
     ]
-    program = re.sub(r"\"\s*\n\s*f?\"", "", "\n".join(sources)).replace("{suffix}", ".parquet")
+    program = re.sub(r"\"\s*\n\s*f?\"", "", "\n".join(sources))
     quoted = 0
     for symptom, *_ in table("| symptom | evidence | first experiment |"):
         if "RayJob" in symptom or "pods refused" in symptom:  # Kubernetes' own
