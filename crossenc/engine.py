@@ -90,6 +90,7 @@ class Engine:
     `network` takes a dict of input_ids, attention_mask and perhaps token_type_ids, each int64 [B, W], and gives one
     with logits [B, L] under "scores"; `activation` maps these, in float32, to scores [B, L]. `max_batch_tokens` counts
     padding where there is any; `max_batch_pairs` caps a batch as well. Without `may_pack` every batch is padded.
+    `on_out_of_memory` is called for each batch that did not fit the device and is cut smaller.
     """
 
     network: nn.Module
@@ -102,6 +103,7 @@ class Engine:
     max_batch_pairs: int | None = None
     window: int = WINDOW
     may_pack: bool = True
+    on_out_of_memory: Callable[[], object] | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_batch_tokens", "max_batch_pairs"):
@@ -188,6 +190,8 @@ class Engine:
                 while todo:
                     batch_scores = self._score_or_none(forward, todo[0])
                     if batch_scores is None:
+                        if self.on_out_of_memory is not None:
+                            self.on_out_of_memory()
                         budget = _smaller_budget(lengths[todo[0]], is_packed)
                         todo = deque(batch[part] for batch in todo for part in cut(lengths[batch], budget))
                         continue

@@ -67,15 +67,33 @@ def estimate(config: RerankConfig, model: Model | None = None) -> Estimate:
     tokens_per_pair, rate = _measure(job, plan)
     if rate is None:
         remarks.append("this machine has no GPU to measure the rate on; try a small job on the cluster")
-    hours = None if rate is None else plan.num_candidates / (rate * config.scoring.actors) / 3600
+    projected = None if rate is None else projection(plan.num_candidates, rate, config.scoring.actors)
     return Estimate(
         plan=plan,
         tokens_per_pair=tokens_per_pair,
-        pairs_per_second=None if rate is None else rate * config.scoring.actors,
-        hours=hours,
-        cost=None if hours is None or config.price_per_hour is None else hours * config.price_per_hour,
+        pairs_per_second=None if projected is None else projected.pairs_per_second,
+        hours=None if projected is None else projected.hours,
+        cost=None if projected is None else projected.cost(config.price_per_hour),
         remarks=tuple(remarks),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """What a measured rate makes of a number of pairs: every scorer is as fast as the measured one, all the time."""
+
+    pairs_per_second: float
+    hours: float
+
+    def cost(self, price_per_hour: float | None) -> float | None:
+        """At a price of the whole cluster; None without one."""
+        return None if price_per_hour is None else self.hours * price_per_hour
+
+
+def projection(num_pairs: int, pairs_per_second_each: float, num_scorers: int) -> Projection:
+    """How long `num_scorers` take together."""
+    rate = pairs_per_second_each * num_scorers
+    return Projection(rate, num_pairs / rate / 3600)
 
 
 def _measure(job: Job, plan: Plan) -> tuple[float, float | None]:

@@ -15,8 +15,10 @@ from typing import Any
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from crossenc.errors import CrossEncError
+from pipelines import metrics
 from pipelines.config import RerankConfig
 from pipelines.stages import (
     Commit,
@@ -47,8 +49,14 @@ class Cluster:
 
     @classmethod
     def prepare(cls, context: RunContext) -> "Cluster":
-        """Puts the context into the object store and starts the control actor."""
-        return cls(ContextRef(ray.put(context)), ray.remote(num_cpus=0)(RunControl).remote())
+        """Puts the context into the object store and starts the control actor.
+
+        The actor lives on the driver's node, where it dies no sooner than the run itself: a node of scorers may go.
+        """
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        start = ray.remote(num_cpus=0, scheduling_strategy=here)(RunControl).remote
+        control = start(metrics.run_tag(context.commit.fingerprint))
+        return cls(ContextRef(ray.put(context)), control)
 
     def stop(self) -> set[str]:
         """Lets no more shards begin; returns the ids of those that have begun."""

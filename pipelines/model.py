@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from crossenc.errors import CheckpointError, InputError, ScoreError
 from crossenc.records import TokenizedPairs
+from pipelines import metrics
 from pipelines.config import RerankConfig
 from pipelines.prepare import Tokenizer
 
@@ -127,6 +128,7 @@ class CheckpointModel:
                 max_batch_tokens=self.max_batch_tokens,
                 compiles=self.compiles,
             )
+            engine = replace(engine, on_out_of_memory=metrics.out_of_memory)
         if self.activation == "identity":
             engine = engine.with_limits(torch.nn.Identity(), None)
         check_canary(engine, tokenizer, self.source)

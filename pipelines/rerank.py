@@ -13,7 +13,7 @@ from typing import Any, Literal, TextIO
 import pyarrow.parquet as pq
 
 from crossenc.errors import CrossEncError, RunConflictError
-from pipelines import agreement, execute, finish, lease, ledger, weights
+from pipelines import agreement, execute, finish, lease, ledger, metrics, weights
 from pipelines import plan as plans
 from pipelines.commit import RESULTS_FOLDER, SCORED_FOLDER, CommitSettings
 from pipelines.config import RerankConfig
@@ -282,6 +282,7 @@ class _Run:
             delete(done.damaged)
         records = ledger.recorded(output, folder, done)
         todo = [item for item_id, item in items.items() if item_id not in records]
+        run = metrics.run_tag(plan.fingerprint)
         counts_done = finish.add_counts([record.counts for record in records.values()])
         total = plan.num_candidates
         with Progress(
@@ -294,6 +295,7 @@ class _Run:
                         for record in committed:
                             records[record.shard_id] = record
                             progress.update(record)
+                            metrics.committed(run, record, is_bucket=isinstance(items[record.shard_id], int))
                             journal.add(record)
             finally:
                 self._progress = None
@@ -310,12 +312,14 @@ class _Run:
         cores = self._connect()
         run_context, cpus_per_actor = context(cores)
         cluster = execute.Cluster.prepare(run_context)
+        run = metrics.run_tag(run_context.commit.fingerprint)
         begun: set[str] | None = None  # set once stopping: the shards that are still to come back
         seen: set[str] = set()
         deadline = 0.0
         quiet = _Quiet(lambda: execute.describe_shortage(execute.needs(config, cores)))
         with contextlib.closing(execute.run(todo, cluster, config, cpus_per_actor)) as results:
             for result in results:
+                metrics.remaining(run, len(todo) - len(seen))
                 if result is not None:
                     quiet.end()
                     seen.add(result.shard_id)

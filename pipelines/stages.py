@@ -22,6 +22,7 @@ from ray.data.datasource import Datasource, ReadTask
 from crossenc.batching import padded_tokens
 from crossenc.errors import CheckpointError, CrossEncError, InputError, RunConflictError, ScoreError, StorageError
 from crossenc.records import TokenizedPairs
+from pipelines import metrics
 from pipelines.commit import CommitSettings, commit_bucket, commit_shard
 from pipelines.isolation import Outcome, is_broken, score_halving, score_isolated
 from pipelines.merge import read_bucket
@@ -314,7 +315,8 @@ def raise_failure(message: str) -> None:
 class RunControl:
     """An actor that counts starts without an end, outside the processes that may die of them, and passes on stops."""
 
-    def __init__(self) -> None:
+    def __init__(self, run: str) -> None:
+        self._run = run
         self._open_loads: dict[str, int] = {}
         self._open_starts: dict[str, int] = {}
         self._begun: set[str] = set()
@@ -335,6 +337,8 @@ class RunControl:
         if self._stopping:
             return "stop"
         starts = self._open_starts.get(shard_id, 0)
+        if starts:
+            metrics.count("crossenc_shard_retries_total", run=self._run)
         self._open_starts[shard_id] = starts + 1
         self._begun.add(shard_id)
         if starts >= REFUSE_AFTER_STARTS:

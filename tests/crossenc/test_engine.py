@@ -184,13 +184,15 @@ def test_out_of_memory_halves_what_is_left_and_changes_no_score(
     caplog.set_level("WARNING")
     model = RunsOutOfMemory(bert[1].network, num_tokens)
     counts: list[int] = []
-    engine = replace(bert[1], network=model, max_batch_tokens=2000)
+    calls: list[None] = []
+    engine = replace(bert[1], network=model, max_batch_tokens=2000, on_out_of_memory=lambda: calls.append(None))
     np.testing.assert_allclose(engine.score(pairs, counts.append), bert[1].score(pairs), atol=TOLERANCE)
     assert sum(counts) == len(pairs)
     done = [rows for rows, width in model.batches if rows * width <= num_tokens]
     assert done == counts  # no batch that had succeeded was run again
     failed = [rows * width for rows, width in model.batches if rows * width > num_tokens]
     assert all(later <= earlier / 2 for earlier, later in pairwise(failed))
+    assert len(calls) == len(failed)
     assert "out of memory" in caplog.text
     assert "max_batch_tokens" in caplog.text
 

@@ -1,0 +1,162 @@
+"""infra/README.md is true: figures are the code's, messages exist, commands run or name what is there."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import boto3
+import pytest
+from typer.testing import CliRunner
+
+from crossenc.testing import tiny_checkpoint
+from jobs.cli import app
+from pipelines.estimate import projection
+from pipelines.plan import default_shard_candidates
+from tests.infra.manifests import INFRA, ROOT
+from tests.pipelines.test_rerank import run as rerank
+from tests.support.collections import make_collection
+
+README = (INFRA / "README.md").read_text()
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+KINDS = ("docker", "helm", "aws", "kubectl", "crossenc")
+
+
+def table(heading):
+    """The rows of the table under a header row, as lists of cells."""
+    body = README.split(heading)[1].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in body]
+
+
+def test_the_sizing_example_is_what_dry_run_computes():
+    figures = {what.partition(":")[0]: float(figure.replace(",", "")) for what, figure in table("| what | figure |")}
+    pairs, each, scorers = (figures[k] for k in ("pairs", "pairs a second of one scorer", "scorers, and nodes"))
+    whole = projection(int(pairs), each, int(scorers))
+    assert whole.pairs_per_second == figures["rate, pairs a second"]
+    assert round(whole.hours, 2) == figures["hours"]
+    price = figures["price of the cluster an hour"]
+    assert price == round(32 * 0.53 + 0.24, 2) and scorers == 32
+    assert round(whole.cost(price), 2) == figures["cost"]
+    shard = default_shard_candidates(int(pairs))
+    assert -(-int(pairs) // shard) == figures["shards"]
+    assert round(shard / each, 1) == figures["seconds of one scorer for a shard"]
+
+
+def test_the_job_file_of_the_example_has_its_figures():
+    text = (INFRA / "kuberay" / "overlays" / "gpu-prod" / "rerank" / "rerank.yaml").read_text()
+    assert "actors: 32" in text and "price_per_hour: 17.20" in text
+
+
+def test_every_message_in_the_table_of_symptoms_is_one_of_the_program():
+    sources = [
+        path.read_text() for package in ("crossenc", "pipelines", "jobs") for path in (ROOT / package).rglob("*.py")
+    ]
+    program = re.sub(r"\"\s*\n\s*f?\"", "", "\n".join(sources))
+    quoted = 0
+    for symptom, *_ in table("| symptom | evidence | first experiment |"):
+        if "RayJob" in symptom or "pods refused" in symptom:  # Kubernetes' own
+            continue
+        for message in re.findall(r"`([^`]+)`", symptom):
+            assert message in program, message
+            quoted += 1
+    assert quoted >= 15
+
+
+def test_exit_codes_of_symptoms_are_those_of_the_program():
+    from jobs import runtime
+
+    named = {int(code) for row in table("| symptom |") for code in re.findall(r"exit (\d+)", row[0])}
+    assert named == {runtime.FAILED, runtime.BAD_INPUT, runtime.RESUMABLE}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_is_whole_and_names_files_that_exist(command):
+    words = shlex.split(command)
+    assert words[0] in KINDS
+    for path in re.findall(r"(?:file://)?(infra/[\w./-]+)", command):
+        assert (ROOT / path).exists(), path
+    if words[:2] == ["kubectl", "apply"] and "-k" in words:
+        assert (ROOT / words[words.index("-k") + 1] / "kustomization.yaml").is_file()
+    if words[:2] == ["docker", "build"]:
+        versions = re.search(r"^ray==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
+        own = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+        variant = re.search(r"VARIANT=(\w+)", command)[1]
+        assert f"/crossenc-{variant}:{own}-ray{versions} ." in command
+        assert (
+            f'"$VARIANT" = {variant}' in (INFRA / "Containerfile").read_text()
+            or f"!= {variant}" in (INFRA / "Containerfile").read_text()
+        )
+
+
+def test_every_folder_of_infra_is_explained_and_every_overlay_is_used():
+    explained = {cell for row in table("| folder | what it is |") for cell in re.findall(r"`([^`]+)`", row[0])}
+    assert {name.split("/")[0] for name in explained} == {path.name for path in INFRA.iterdir()} - {"README.md"}
+    for overlay in (INFRA / "kuberay" / "overlays").glob("*/*/kustomization.yaml"):
+        if overlay.parent.name != "common" and overlay.parts[-3:-1] != ("cpu-dev", "train"):
+            assert str(overlay.parent.relative_to(ROOT)) in README
+
+
+@pytest.fixture(scope="module")
+def search(moto, tmp_path_factory, ray_cluster):
+    """The bucket `search` as the runbook assumes it, with a finished run."""
+    folder = tmp_path_factory.mktemp("search")
+    tiny_checkpoint(folder / "model", max_length=512)
+    make_collection(folder / "in", num_queries=5).pairs.to_parquet(folder / "candidates.parquet", index=False)
+    rerank(folder / "out", candidates=str(folder / "candidates.parquet"))
+    client = boto3.client("s3", endpoint_url=moto.env["AWS_ENDPOINT_URL"], **credentials(moto.env))
+    client.create_bucket(Bucket="search")
+    client.upload_file(str(folder / "candidates.parquet"), "search", "candidates/2026-11-20/candidates.parquet")
+    for name, prefix in (("model", "models/reranker/2026-w46"), ("out", "reranked/2026-11-20")):
+        for path in (folder / name).rglob("*"):
+            if path.is_file():
+                client.upload_file(str(path), "search", f"{prefix}/{path.relative_to(folder / name)}")
+    return client
+
+
+def credentials(env):
+    return {
+        "aws_access_key_id": env["AWS_ACCESS_KEY_ID"],
+        "aws_secret_access_key": env["AWS_SECRET_ACCESS_KEY"],
+        "region_name": "us-east-1",
+    }
+
+
+@pytest.mark.parametrize("command", sorted({command for command in COMMANDS if command.startswith("crossenc")}))
+def test_a_command_of_crossenc_runs_as_it_stands(search, s3_env, monkeypatch, tmp_path, command):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("CROSSENC_CACHE", str(tmp_path))
+    if "--dry-run" in command:  # of a run that has not been made yet
+        objects = search.list_objects_v2(Bucket="search", Prefix="reranked/")["Contents"]
+        kept = {entry["Key"]: search.get_object(Bucket="search", Key=entry["Key"])["Body"].read() for entry in objects}
+        for key in kept:
+            search.delete_object(Bucket="search", Key=key)
+    done = CliRunner().invoke(app, shlex.split(command)[1:])
+    assert done.exit_code == 0, done.output
+    if "--dry-run" in command:
+        assert "actors: 32" in done.output and "50 pairs" in done.output
+        assert "Contents" not in search.list_objects_v2(Bucket="search", Prefix="reranked/")
+        for key, body in kept.items():
+            search.put_object(Bucket="search", Key=key, Body=body)
+    else:
+        assert "finished" in done.output
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("kubectl kustomize")])
+def test_kustomize_renders_what_the_runbook_lets_people_look_at(command):
+    if shutil.which("kubectl") is None:
+        pytest.skip("needs kubectl")
+    done = subprocess.run(shlex.split(command), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "kind: RayJob" in done.stdout, done.stderr
+
+
+def test_settings_that_the_runbook_advises_exist():
+    from pipelines.config import RerankConfig, ScoringConfig
+
+    known = set(RerankConfig.model_fields) | {f"scoring.{name}" for name in ScoringConfig.model_fields}
+    for name in re.findall(r"--set ([\w.]+)=", README) + re.findall(
+        r"`(cpus_per_tokeniser|shard_candidates|max_text_bytes)", README
+    ):
+        assert name in known
+    assert Path(INFRA / "clusters" / "aws.yaml").is_file()
