@@ -50,7 +50,7 @@ def run(
             )
         out = Console(highlight=False, soft_wrap=True)
         if outcome.evaluation is not None:
-            _show_figures(out, outcome.evaluation)
+            _show_figures(out if out.is_terminal else Console(highlight=False, width=200), outcome.evaluation)
         out.print(visible(outcome.message), markup=False)
         return runtime.RESUMABLE if outcome.state == "stopped" else runtime.DONE
 
@@ -67,13 +67,12 @@ def _show_plan(config: EvaluateConfig, models: Mapping[str, Model] | None) -> No
 
 
 def _show_figures(out: Console, found: Evaluation) -> None:
-    """One table a collection: a row for each system, and how it differs from the baseline."""
+    """One table a collection: a row for each system, and below each figure how it differs from the baseline."""
     for collection in found.collections:
         out.print(_table(collection, found))
-    if any(len(collection.systems) > 1 for collection in found.collections):
+    if found.num_compared:
         out.print(
-            f"in brackets the difference to {found.baseline}; * significant: Holm's p < .05 over"
-            f" {found.num_compared:,} comparisons",
+            f"below: the difference to {found.baseline}, * where Holm's p < .05 over {found.num_compared:,} comparisons",
             markup=False,
         )
 
@@ -89,11 +88,11 @@ def _table(collection: CollectionResult, found: Evaluation) -> Table:
 
 
 def _cell(figure: Figure) -> Text:
-    cell = Text(f"{figure.value.mean:.4f}")
+    cell = Text(f"{figure.value.mean:.4f} ")
     if figure.difference is not None:
         found = verdict(figure.difference)
         mark = "*" if found in _STYLES else " "
-        cell.append(f" ({figure.difference.mean:+.4f}{mark})", style=_STYLES.get(found, "dim"))
+        cell.append(f"\n{figure.difference.mean:+.4f}{mark}", style=_STYLES.get(found, "dim"))
     return cell
 
 

@@ -1,7 +1,8 @@
 """Rankings as files: read from TREC runs, Parquet and rerank runs, and written as TREC runs.
 
 A TREC run is ordered as trec_eval orders it: by score in single precision, the highest first, and equal scores by
-document id, the last one first; its rank column means nothing. A table is ordered by rank, else by score.
+document id, the last one first; its rank column means nothing. (ir_measures has measures of other origin, as RR with a
+cutoff, which order equal scores the other way; here all measures see one order.) A table is ordered by rank, else by score.
 """
 
 import io
@@ -122,7 +123,8 @@ def read_trec_run(files: Sequence[FileInfo], queries: Collection[str]) -> dict[s
 def _score(text: str) -> float | None:
     """The number in single precision, as trec_eval keeps it; None where it is no finite number."""
     try:
-        score = float(np.float32(text))
+        with np.errstate(over="ignore"):
+            score = float(np.float32(text))
     except ValueError:
         return None
     return score if math.isfinite(score) else None
