@@ -65,7 +65,8 @@ def render(page: Page) -> str:
         "sentence": sentence,
         "depth_words": depth_words,
         "segment_rows": segment_rows,
-        "title": lambda name: "First stage" if name == FIRST_STAGE else name,
+        "title": _title,
+        "the": lambda name: "the first stage" if name == FIRST_STAGE else name,
     }
     with own_style():
         figures = {one.collection: _figures(one, page, _colours(names)) for one in found.collections}

@@ -2,7 +2,8 @@
 
 A TREC run is ordered as trec_eval orders it: by score in single precision, the highest first, and equal scores by
 document id, the last one first; its rank column means nothing. (ir_measures has measures of other origin, as RR with a
-cutoff, which order equal scores the other way; here all measures see one order.) A table is ordered by rank, else by score.
+cutoff, which order equal scores the other way; here all measures see one order.) A table is ordered by rank, else by
+score.
 """
 
 import io
