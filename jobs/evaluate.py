@@ -72,7 +72,8 @@ def _show_figures(out: Console, found: Evaluation) -> None:
         out.print(_table(collection, found))
     if found.num_compared:
         out.print(
-            f"below: the difference to {found.baseline}, * where Holm's p < .05 over {found.num_compared:,} comparisons",
+            f"below: the difference to {found.baseline}; * where Holm's p < .05 over {found.num_compared:,}"
+            " comparisons",
             markup=False,
         )
 

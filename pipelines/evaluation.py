@@ -8,57 +8,43 @@ the same command again goes on where it was; with other settings, what was score
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from typing import Any, Literal, TextIO
 
-import pyarrow as pa
-from pydantic import TypeAdapter, ValidationError
-
-from crossenc.errors import ConfigError, InputError, RunConflictError
-from crossenc.evaluation import comparison
-from crossenc.evaluation.comparison import Collection, System, Values
+from crossenc.errors import ConfigError, InputError
+from crossenc.evaluation.comparison import Collection, System
 from crossenc.evaluation.depths import rerank_top
 from crossenc.evaluation.results import Evaluation
-from pipelines import evaluation_inputs, evaluation_report, lease, ledger, rankings
+from pipelines import evaluation_inputs, lease, ledger, rankings
 from pipelines import plan as plans
 from pipelines.config import RerankConfig
 from pipelines.evaluate import reranked_runs
 from pipelines.evaluation_config import CollectionConfig, EvaluateConfig, SystemConfig
 from pipelines.evaluation_inputs import Judged, Source
-from pipelines.evaluation_losses import Loss, with_texts, worst_losses
-from pipelines.evaluation_texts import Prepared, look_up, prepare
+from pipelines.evaluation_output import (
+    EVALUATION_FILE,
+    FORMAT,
+    LOSSES_FILE,
+    PER_QUERY_FILE,
+    RUNS_FOLDER,
+    Judgement,
+    load,
+    stored,
+    write,
+)
+from pipelines.evaluation_texts import Prepared, prepare
 from pipelines.finish import REPORT_FILE, SUCCESS_FILE
 from pipelines.model import Model, from_config
 from pipelines.progress import announce
 from pipelines.rankings import Ranking
 from pipelines.records import ShardCounts
 from pipelines.rerank import rerank
-from pipelines.schemas import to_parquet
-from pipelines.storage import (
-    Location,
-    check_apart,
-    delete,
-    exists,
-    list_files,
-    locate,
-    probe,
-    put,
-    read_bytes,
-)
+from pipelines.storage import Location, check_apart, delete, exists, list_files, locate, probe, put
 
-#: Raised when the meaning of evaluation.json changes.
-FORMAT = 1
-EVALUATION_FILE = "evaluation.json"
-PER_QUERY_FILE = "per_query.parquet"
-LOSSES_FILE = "losses.jsonl"
-_FOLDERS = ("collections", "runs", "trec")
+_FOLDERS = ("collections", "runs", RUNS_FOLDER)
 _FILES = (EVALUATION_FILE, PER_QUERY_FILE, LOSSES_FILE, REPORT_FILE)
 #: A ranking that lacks more of the candidates than this says nothing about depths.
 _MOST_LACKING = 0.01
-_TEXT_LENGTH = 280
-_PACKAGES = ("crossenc", "ir_measures", "numpy", "ray", "scipy", "torch", "transformers")
-_EVALUATION = TypeAdapter(Evaluation)
 
 State = Literal["done", "already done", "stopped"]
 
@@ -155,12 +141,10 @@ def evaluate(
     is something to score. `should_stop()` and the errors are those of `rerank`. `new_run` deletes what was scored.
     """
     job = resolve(config, models)
-    fingerprint = plans.fingerprint(job.parts)
-    if not new_run and exists(job.output / SUCCESS_FILE):
-        stored = _stored(job.output)
-        if stored["fingerprint"] == fingerprint:
-            message = f"nothing to do: this evaluation is finished; see {job.output / REPORT_FILE}"
-            return Outcome("already done", job.output, message, load(job.output))
+    is_finished = not new_run and exists(job.output / SUCCESS_FILE)
+    if is_finished and stored(job.output)["fingerprint"] == plans.fingerprint(job.parts):
+        message = f"nothing to do: this evaluation is finished; see {job.output / REPORT_FILE}"
+        return Outcome("already done", job.output, message, load(job.output))
     probe(job.output)  # found unwritable now, not after the first model
 
     def say(text: str) -> None:
@@ -171,51 +155,50 @@ def evaluate(
         delete([job.output / SUCCESS_FILE])
         if new_run:
             _remove(job.output)
-        collections, prepared = [], {}
+        judgements = []
         for source in job.sources:
             say(f"reading {source.config.name} …")
-            judged = evaluation_inputs.read(source)
-            folder = job.output / f"collections/{source.config.name}"
-            texts = prepare(judged, folder, max(config.depths)) if source.has_texts else None
-            systems = []
-            for system in config.systems:
-                ranked = _ranked(job, system, judged, texts, connect, stream, lambda: bool(lost) or should_stop())
-                if ranked is None:
-                    message = lost[0] if lost else f"stopped; run the same command again to resume {job.output}"
-                    return Outcome("stopped", job.output, message)
-                systems.append(ranked)
-            collections.append(_collection(judged, systems, texts, max(config.depths)))
-            prepared[source.config.name] = texts
+            judgement = _judge(job, source, connect, stream, lambda: bool(lost) or should_stop())
+            if judgement is None:
+                message = lost[0] if lost else f"stopped; run the same command again to resume {job.output}"
+                return Outcome("stopped", job.output, message)
+            judgements.append(judgement)
         say("comparing …")
-        found = _compare(job, collections, prepared, fingerprint)
+        found = write(job.output, config, judgements, job.parts)
         put(job.output / SUCCESS_FILE, b"")
     return Outcome("done", job.output, f"done; see {job.output / REPORT_FILE}", found)
-
-
-def load(output: Location) -> Evaluation:
-    """What a finished evaluation found. Raises RunConflictError where there is none that can be read."""
-    try:
-        return _EVALUATION.validate_python(_stored(output)["evaluation"])
-    except (KeyError, ValidationError) as error:
-        raise RunConflictError(f"{output / EVALUATION_FILE} is no evaluation of this version ({error})") from None
-
-
-def _stored(output: Location) -> dict[str, Any]:
-    try:
-        body: dict[str, Any] = json.loads(read_bytes(output / EVALUATION_FILE))
-        if body["format"] != FORMAT or "fingerprint" not in body:
-            raise ValueError("another format")
-    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-        raise RunConflictError(
-            f"{output / EVALUATION_FILE} is no evaluation of this version ({error}); start over with --new-run"
-        ) from None
-    return body
 
 
 def _remove(output: Location) -> None:
     """Deletes everything that evaluations write below `output`, but for the lease."""
     delete([output / name for name in _FILES])
     delete([file.location for folder in _FOLDERS for file in list_files(output / folder)])
+
+
+def _judge(
+    job: EvaluationJob,
+    source: Source,
+    connect: Callable[[RerankConfig], int],
+    stream: TextIO,
+    should_stop: Callable[[], bool],
+) -> Judgement | None:
+    """A collection with the rankings of all systems; None where it was stopped while one was made."""
+    judged, depth = evaluation_inputs.read(source), max(job.config.depths)
+    folder = job.output / f"collections/{source.config.name}"
+    texts = prepare(judged, folder, depth) if source.has_texts else None
+    systems = []
+    for system in job.config.systems:
+        existing = job.rankings.get((system.name, source.config.name))
+        if existing is not None:
+            systems.append(_read(system, source.config, existing, judged))
+            continue
+        assert texts is not None, "resolve refuses models without texts"
+        scored = _scored(job, system, judged, texts, connect, stream, should_stop)
+        if scored is None:
+            return None
+        systems.append(scored)
+    inputs = tuple(str(file.location) for file in source.files)
+    return Judgement(_collection(judged, systems, texts, depth), texts, inputs)
 
 
 def _rerank_config(
@@ -234,21 +217,17 @@ def _rerank_config(
     )
 
 
-def _ranked(
+def _scored(
     job: EvaluationJob,
     system: SystemConfig,
     judged: Judged,
-    texts: Prepared | None,
+    texts: Prepared,
     connect: Callable[[RerankConfig], int],
     stream: TextIO,
     should_stop: Callable[[], bool],
 ) -> System | None:
-    """The ranking of a system, read or made; None where it was stopped while it was made."""
+    """The ranking that a model makes, by a rerank run; None where it was stopped."""
     collection = judged.source.config
-    existing = job.rankings.get((system.name, collection.name))
-    if existing is not None:
-        return _read(system, collection, existing, judged)
-    assert texts is not None, "resolve refuses models without texts"
     model = job.models[system.name]
     scoring = system.scoring or job.config.scoring
     identity = [texts.digest, dict(model.digests()), scoring.result_options(), job.config.max_text_bytes]
@@ -330,90 +309,3 @@ def _collection(judged: Judged, systems: Sequence[System], texts: Prepared | Non
         digests=dict(judged.digests) | ({"texts": texts.digest} if texts is not None else {}),
         notes=tuple(notes),
     )
-
-
-def _compare(
-    job: EvaluationJob, collections: Sequence[Collection], prepared: Mapping[str, Prepared | None], fingerprint: str
-) -> Evaluation:
-    """Computes all figures and writes everything but the mark of success."""
-    config = job.config
-    values = {one.name: comparison.values_of(one, config.measures) for one in collections}
-    found = comparison.evaluate(collections, values, depths=config.depths, baseline=config.baseline, seed=config.seed)
-    losses: list[Loss] = []
-    for one in collections:
-        worst = worst_losses(one, values[one.name], config.measures[0], config.baseline, config.worst)
-        losses += _told(worst, prepared[one.name], config)
-    versions = {package: version(package) for package in _PACKAGES}
-    body = {"format": FORMAT, "fingerprint": fingerprint, "depends_on": dict(job.parts), "versions": versions}
-    body |= {"evaluation": asdict(found)}
-    put(job.output / EVALUATION_FILE, json.dumps(body, indent=1).encode())
-    put(job.output / PER_QUERY_FILE, to_parquet(per_query_table(collections, values, config.baseline)))
-    lines = [json.dumps(asdict(loss), ensure_ascii=False) + "\n" for loss in losses]
-    put(job.output / LOSSES_FILE, "".join(lines).encode())
-    if config.trec_run:
-        for one in collections:
-            for system in one.all_systems:
-                run = {query: system.run[query] for query in one.qrels if query in system.run}
-                put(job.output / f"trec/{one.name}/{system.name}.run", rankings.trec_run(run))
-    differences = {
-        one.name: {name: _differences(values[one.name], name, config) for name in values[one.name]}
-        for one in collections
-    }
-    page = evaluation_report.Page(
-        evaluation=found,
-        differences=differences,
-        losses=tuple(losses),
-        output=str(job.output),
-        inputs={source.config.name: tuple(str(file.location) for file in source.files) for source in job.sources},
-        versions=versions,
-    )
-    put(job.output / REPORT_FILE, evaluation_report.render(page).encode())
-    return found
-
-
-def _differences(values: Mapping[str, Values], system: str, config: EvaluateConfig) -> tuple[float, ...]:
-    """The main measure of each query minus the baseline's."""
-    before, after = values[config.baseline][config.measures[0]], values[system][config.measures[0]]
-    return tuple(after[query] - before[query] for query in before)
-
-
-def _told(losses: Sequence[Loss], texts: Prepared | None, config: EvaluateConfig) -> list[Loss]:
-    if texts is None or not losses:
-        return list(losses)
-    pairs = [pair for loss in losses for pair in loss.pairs]
-    found = look_up(texts, pairs, config.storage_options, config.max_text_bytes, _TEXT_LENGTH)
-    return [with_texts(loss, found) for loss in losses]
-
-
-def per_query_table(
-    collections: Sequence[Collection], values: Mapping[str, Mapping[str, Values]], baseline: str
-) -> pa.Table:
-    """A row for each query and system: what was judged and ranked, a column for each measure, segments, and
-    `difference`, that of the main measure to the baseline.
-    """
-    segments = list(dict.fromkeys(column for one in collections for column in one.segments))
-    rows: list[dict[str, Any]] = []
-    for one in collections:
-        for system in one.all_systems:
-            of = values[one.name][system.name]
-            main = next(iter(of))
-            for query, grades in one.qrels.items():
-                row = {
-                    "collection": one.name,
-                    "query_id": query,
-                    "system": system.name,
-                    "num_judged": len(grades),
-                    "num_relevant": sum(grade > 0 for grade in grades.values()),
-                    "num_ranked": len(system.run.get(query, ())),
-                    "difference": of[main][query] - values[one.name][baseline][main][query],
-                }
-                row |= {measure: by_query[query] for measure, by_query in of.items()}
-                row |= {f"segment {name}": one.segments.get(name, {}).get(query) for name in segments}
-                rows.append(row)
-    texts = ["collection", "query_id", "system", *(f"segment {name}" for name in segments)]
-    kinds = {name: pa.string() for name in texts} | dict.fromkeys(
-        ("num_judged", "num_relevant", "num_ranked"), pa.int64()
-    )
-    names = list(rows[0])
-    schema = pa.schema([(name, kinds.get(name, pa.float64())) for name in names])
-    return pa.Table.from_pylist(rows, schema=schema)

@@ -12,8 +12,9 @@ import pytest
 from crossenc.errors import ConfigError, InputError, RunConflictError
 from crossenc.evaluation.gate import Gate, decide
 from pipelines import rankings
-from pipelines.evaluation import Outcome, evaluate, load, resolve
+from pipelines.evaluation import Outcome, evaluate, resolve
 from pipelines.evaluation_config import EvaluateConfig
+from pipelines.evaluation_output import load
 from pipelines.storage import locate
 from pipelines.testing import FakeModel
 from tests.support.collections import Collection, make_collection, plain_ranking
@@ -76,9 +77,8 @@ def reference(run: dict[str, list[str]], qrels: dict) -> dict[str, float]:
 def test_models_and_rankings_are_judged_together_stopped_resumed_and_written_about(collection, tmp_path):
     qrels = write_qrels(collection)[1]
     by_hand = plain_ranking(collection.pairs)
-    (tmp_path / "reversed.run").write_bytes(
-        rankings.trec_run({q: d[::-1] for q, d in run_of(collection.pairs).items()})
-    )
+    backwards = {query: docs[::-1] for query, docs in run_of(collection.pairs).items()}
+    (tmp_path / "reversed.run").write_bytes(rankings.trec_run(backwards))
     systems = [{"name": "fake", "model": "fake"}, {"ranking": str(tmp_path / "reversed.run")}]
     config = settings(collection, tmp_path, systems=systems, trec_run=True, drain_seconds=0)
     out = tmp_path / "out"
@@ -117,7 +117,8 @@ def test_models_and_rankings_are_judged_together_stopped_resumed_and_written_abo
     last_week = [{"name": "last-week", "ranking": str(folder)}]
     judged = run(settings(collection, tmp_path, systems=last_week, output=str(tmp_path / "other"))).evaluation
     assert judged is not None
-    assert judged.collections[0].system("last-week").depths == result.system("fake").depths
+    found_depths, made_depths = judged.collections[0].system("last-week").depths, result.system("fake").depths
+    assert [point.mean for point in found_depths] == [point.mean for point in made_depths]
     (folder / "_SUCCESS").unlink()
     with pytest.raises(InputError, match="not the output of a finished rerank run"):
         run(settings(collection, tmp_path, systems=last_week, output=str(tmp_path / "other")))
