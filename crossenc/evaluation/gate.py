@@ -22,8 +22,8 @@ class Gate:
 
     `metric`: the measure that decides, chosen before anyone looks: the main one of the evaluation.
     `min_gain`: least mean gain over the baseline; a gain must be above 0 in any case.
-    `max_p`: the two-sided p value of the paired randomisation test must be below it. A model that is no better is
-    promoted with a probability of at most half of it.
+    `max_p`: the p value of the paired randomisation test must be below it: the probability of promoting a model that
+    is no better. The test is one-sided, because the question is: half of the p value that evaluations show, for a gain.
     `min_queries`: judged queries, at least; fewer prove nothing.
     `beat_first_stage`: at every depth of the evaluation the mean must be above the first stage's.
     `segment_floors`: least mean difference to the baseline (usually negative) by segment: `column=value`, or `column`
@@ -137,13 +137,14 @@ def _gain(gate: Gate, collection: CollectionResult, found: SystemResult, baselin
     enough = difference.mean > _ROUNDING and difference.mean >= gate.min_gain - _ROUNDING
     asked = f"a gain of {gate.min_gain:g} or more" if gate.min_gain else "a gain"
     yield Check("min_gain", enough, f"{change}: {asked} is asked for")
-    p = difference.p_randomisation
-    if p is None:
+    if difference.p_randomisation is None:
         yield Check("max_p", False, f"no test is possible {where}")
     else:
+        half = difference.p_randomisation / 2  # sign flips are symmetric: each side has half of the extreme ones
+        p = half if difference.mean > 0 else 1 - half
         holds = p < gate.max_p
-        words = f"p = {p:.4f} {where}, " + ("below" if holds else "not below") + f" {gate.max_p:g}"
-        yield Check("max_p", holds, words + ("" if holds else ": the difference may be chance"))
+        words = f"one-sided p = {p:.4f} {where}, " + ("below" if holds else "not below") + f" {gate.max_p:g}"
+        yield Check("max_p", holds, words + ("" if holds else ": a model that is no better could look like this"))
 
 
 def _depths(gate: Gate, collection: CollectionResult, found: SystemResult) -> Iterator[Check]:
