@@ -15,7 +15,7 @@ from pipelines import rankings
 from pipelines.evaluation import Outcome, evaluate, resolve
 from pipelines.evaluation_config import EvaluateConfig
 from pipelines.evaluation_output import load
-from pipelines.storage import locate
+from pipelines.storage import locate, put
 from pipelines.testing import FakeModel
 from tests.support.collections import Collection, make_collection, plain_ranking
 
@@ -160,6 +160,23 @@ def test_several_collections_have_their_own_rankings(collection, tmp_path):
     found = run(EvaluateConfig(**{**config.model_dump(), "collections": both, "systems": systems})).evaluation
     assert found is not None and [one.num_queries for one in found.collections] == [12, 5]
     assert found.num_compared == 4
+
+
+def test_an_evaluation_reads_from_and_writes_to_an_object_store(collection, tmp_path, s3_bucket):
+    local = run(reading(collection, tmp_path)).evaluation
+    base = f"s3://{s3_bucket}/in"
+    for path in [tmp_path / "a.run", *(path for path in (tmp_path / "in").rglob("*") if path.is_file())]:
+        put(locate(f"{base}/{path.relative_to(tmp_path)}"), path.read_bytes())
+    folder = f"{base}/in/ids"
+    one = {"name": "made-up", "qrels": f"{base}/in/qrels.txt", "candidates": f"{folder}/candidates"}
+    one |= {"queries": f"{folder}/queries.parquet", "corpus": f"{folder}/corpus.parquet"}
+    systems = [{"name": "a", "ranking": f"{base}/a.run"}]
+    config = reading(collection, tmp_path, collections=[one], systems=systems, output=f"s3://{s3_bucket}/out")
+    found = run(config).evaluation
+    assert local is not None and found is not None and load(locate(f"s3://{s3_bucket}/out")) == found
+    for here, there in zip(local.collections[0].systems, found.collections[0].systems, strict=True):
+        assert (here.figures, here.depths) == (there.figures, there.depths)
+    assert run(config).state == "already done"
 
 
 def test_a_damaged_or_foreign_record_is_named(collection, tmp_path):
