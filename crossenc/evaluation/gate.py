@@ -28,7 +28,8 @@ class Gate:
     `beat_first_stage`: at every depth of the evaluation the mean must be above the first stage's.
     `segment_floors`: least mean difference to the baseline (usually negative) by segment: `column=value`, or `column`
     for all its other values. A segment of fewer than `min_segment_queries` is too noisy to be held against a model.
-    `max_slowdown`: time per pair, at most so many times the baseline's.
+    `max_slowdown`: time per pair, at most so many times the baseline's. Both are timed while they score, one after the
+    other: on a machine that is busy with other work the two times do not compare.
     """
 
     metric: str = "nDCG@10"

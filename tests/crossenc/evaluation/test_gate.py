@@ -195,7 +195,11 @@ def decided_by(test: PairedTest) -> Evaluation:
 
 
 def realistic(num_queries: int, num_runs: int, gain: float, seed: int) -> np.ndarray:
-    """Per-query differences of nDCG@10 as between two models: most are 0, the others of any size in both directions."""
+    """Per-query differences of nDCG@10 as between two models: most are 0, the others of any size in both directions.
+
+    Their standard deviation is .2. Seen on MedQuAD: .05 between a model and itself after a little more training (96 %
+    are 0), .28 between a model and BM25 (40 % are 0).
+    """
     rng = np.random.default_rng(seed)
     changed = rng.random((num_queries, num_runs)) < 0.4
     signs = np.where(rng.random(changed.shape) < 0.5, -1.0, 1.0)
