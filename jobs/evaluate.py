@@ -17,6 +17,7 @@ from jobs import runtime
 from pipelines import evaluation
 from pipelines.evaluation_config import EvaluateConfig
 from pipelines.evaluation_report import verdict
+from pipelines.execute import needs
 from pipelines.model import Model
 from pipelines.progress import visible
 from pipelines.storage import redact_options
@@ -42,7 +43,7 @@ def run(
         with runtime.disconnected_at_end():
             outcome = evaluation.evaluate(
                 config,
-                connect=lambda scoring: runtime.connect(scoring, stop),
+                connect=lambda run: runtime.connect(run.ray_address, lambda cores: needs(run, cores), stop),
                 stream=sys.stderr,
                 should_stop=stop,
                 models=models,

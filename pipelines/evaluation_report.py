@@ -23,18 +23,18 @@ from crossenc.evaluation.results import (
     SystemResult,
 )
 from pipelines.evaluation_losses import Loss
-from pipelines.page import (
+from pipelines.pages import (
     FULL_INCHES,
     HALF_INCHES,
     LINE,
+    MANY_SERIES,
     MUTED,
-    SERIES_COLOURS,
-    environment,
-    own_style,
+    figure_style,
+    load_template,
+    new_axes,
     p_value,
-    quiet_axes,
     signed,
-    svg,
+    to_svg,
     unit,
 )
 
@@ -58,19 +58,9 @@ def render(page: Page) -> str:
     """The page as one string."""
     found = page.evaluation
     names = list(dict.fromkeys(system.system for one in found.collections for system in one.systems))
-    made = environment()
-    made.globals |= {
-        "p": lambda value: p_value(nan if value is None else value),
-        "verdict": verdict,
-        "sentence": sentence,
-        "depth_words": depth_words,
-        "segment_rows": segment_rows,
-        "title": _title,
-        "the": lambda name: "the first stage" if name == FIRST_STAGE else name,
-    }
-    with own_style():
+    with figure_style():
         figures = {one.collection: _figures(one, page, _colours(names)) for one in found.collections}
-    return made.get_template("evaluation.html.jinja").render(
+    return load_template("evaluation.html.jinja").render(
         page=page,
         evaluation=found,
         main=found.measures[0],
@@ -78,6 +68,13 @@ def render(page: Page) -> str:
         means=_means(found, names),
         figures=figures,
         losses=_by_system(page.losses),
+        p=lambda value: p_value(nan if value is None else value),
+        verdict=verdict,
+        sentence=sentence,
+        depth_words=depth_words,
+        segment_rows=segment_rows,
+        title=_title,
+        the=lambda name: "the first stage" if name == FIRST_STAGE else name,
     )
 
 
@@ -148,9 +145,7 @@ def _by_system(losses: Sequence[Loss]) -> dict[tuple[str, str], list[Loss]]:
 def _colours(names: Sequence[str]) -> dict[str, str]:
     """The first stage in grey, the others in colours that can be told apart, as far as there are any."""
     others = [name for name in names if name != FIRST_STAGE]
-    return {FIRST_STAGE: MUTED} | {
-        name: SERIES_COLOURS[number % len(SERIES_COLOURS)] for number, name in enumerate(others)
-    }
+    return {FIRST_STAGE: MUTED} | {name: MANY_SERIES[number % len(MANY_SERIES)] for number, name in enumerate(others)}
 
 
 def _figures(collection: CollectionResult, page: Page, colours: Mapping[str, str]) -> dict[str, Markup]:
@@ -169,7 +164,7 @@ def _figures(collection: CollectionResult, page: Page, colours: Mapping[str, str
 
 def _means_figure(collection: CollectionResult, measure: str, colours: Mapping[str, str]) -> Markup:
     """Each system's mean with its interval, one below the other."""
-    figure, axes = quiet_axes(HALF_INCHES, x_label=measure, y_label="mean and 95 % interval")
+    figure, axes = new_axes(HALF_INCHES, x_label=measure, y_label="mean and 95 % interval")
     figure.set_figheight(max(1.5, 0.7 + 0.34 * len(collection.systems)))
     for place, system in enumerate(collection.systems):
         value = system.figures[0].value
@@ -181,12 +176,12 @@ def _means_figure(collection: CollectionResult, measure: str, colours: Mapping[s
     axes.grid(visible=False, axis="y")
     axes.grid(axis="x", color=LINE, linewidth=0.6)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
-    return svg(figure, f"Mean {measure} of each system on {collection.collection}")
+    return to_svg(figure, f"Mean {measure} of each system on {collection.collection}")
 
 
 def _depths_figure(collection: CollectionResult, measure: str, colours: Mapping[str, str]) -> Markup:
     """The main measure by depth, and the first stage's as a line."""
-    figure, axes = quiet_axes(HALF_INCHES, x_label="documents that the system orders, from the top", y_label=measure)
+    figure, axes = new_axes(HALF_INCHES, x_label="documents that the system orders, from the top", y_label=measure)
     first = collection.system(FIRST_STAGE).figures[0].value.mean
     axes.axhline(first, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
     systems = [system for system in collection.systems if system.depths]
@@ -201,14 +196,14 @@ def _depths_figure(collection: CollectionResult, measure: str, colours: Mapping[
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_xlim(depths[0] * 0.85, depths[-1] * 1.18)
     _measured(axes)
-    return svg(figure, f"{measure} by depth on {collection.collection}")
+    return to_svg(figure, f"{measure} by depth on {collection.collection}")
 
 
 def _differences_figure(
     collection: str, differences: Mapping[str, Sequence[float]], measure: str, colours: Mapping[str, str]
 ) -> Markup:
     """The differences of all queries to the baseline, the largest gain first: where it crosses 0, losses begin."""
-    figure, axes = quiet_axes(FULL_INCHES, x_label="queries, the largest gain first", y_label=f"change of {measure}")
+    figure, axes = new_axes(FULL_INCHES, x_label="queries, the largest gain first", y_label=f"change of {measure}")
     axes.axhline(0, color=MUTED, linewidth=0.8)
     for system, values in differences.items():
         falling = np.sort(np.array(values))[::-1]
@@ -218,7 +213,7 @@ def _differences_figure(
             axes.stairs(falling, edges, fill=True, color=colours[system], alpha=0.2, linewidth=0)
     axes.set_xlim(0, max(map(len, differences.values())))
     _measured(axes)
-    return svg(figure, f"Change of {measure} by query on {collection}")
+    return to_svg(figure, f"Change of {measure} by query on {collection}")
 
 
 def _measured(axes: Axes) -> None:
