@@ -2,7 +2,7 @@
 
 import typer
 
-from jobs import distill, export, mine, rerank, status, train
+from jobs import distill, evaluate, export, mine, rerank, status, train
 
 app = typer.Typer(
     name="crossenc",
@@ -12,6 +12,7 @@ app = typer.Typer(
 )
 app.command("rerank")(rerank.command)
 app.command("train")(train.command)
+app.command("evaluate")(evaluate.command)
 app.command("export")(export.command)
 app.command("mine")(mine.command)
 app.command("distill")(distill.command)

@@ -110,6 +110,8 @@ def _keys_at(kind: type[BaseModel], path: Sequence[Any]) -> list[str]:
     """The setting names of the model at `path` below `kind`."""
     model: Any = kind
     for part in path:
+        if isinstance(part, int):  # an item of a list: its model was taken from the list's own type
+            continue
         annotation = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
         options = getattr(annotation, "__args__", (annotation,))
         model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), BaseModel)

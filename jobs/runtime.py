@@ -106,9 +106,11 @@ def connect(ray_address: str | None, needs: Callable[[int], Mapping[str, float]]
     `needs` says how many CPUs and GPUs the job holds at once, given a node's cores. Raises ConfigError where this
     machine, as a local cluster, lacks the GPUs, and KeyboardInterrupt where the process was asked to stop meanwhile.
     """
-    if ray.is_initialized():  # the second phase of a run asks again
-        return _cores()
     address = ray_address or os.environ.get("RAY_ADDRESS")
+    if ray.is_initialized():  # the second phase of a run asks again, and so does a job's next run
+        if address or not execute.describe_shortage(needs(_cores())):
+            return _cores()
+        ray.shutdown()  # a local Ray is as large as the first run needed, and this one needs more
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address:
         _start_ray(stop, address=address, **quiet)

@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import isnan
 
 import matplotlib
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
@@ -27,8 +28,15 @@ COLOURS = {
     "#d0d0d0": "var(--line)",
     "#3060d0": "var(--series)",
     "#12927f": "var(--stage-2)",
+    "#c98212": "var(--stage-3)",
+    "#8a56c2": "var(--stage-4)",
+    "#c0392b": "var(--stage-5)",
+    "#4d7c0f": "var(--stage-6)",
+    "#b83280": "var(--stage-7)",
 }
-INK, MUTED, LINE, SERIES, SECOND_SERIES = COLOURS
+INK, MUTED, LINE, SERIES, SECOND_SERIES, *_ = COLOURS
+#: Series that can be told apart.
+MANY_SERIES = tuple(COLOURS)[3:]
 #: Figures are drawn in points and scaled to the page: a half figure is this wide, a full one twice that and
 #: the gap.
 HALF_INCHES, FULL_INCHES = 5.6, 11.5
@@ -69,6 +77,13 @@ def signed(value: float) -> str:
     """As `unit`, with a plus before what is above 0."""
     text = unit(value)
     return text if text.startswith(MINUS) or text == ".000" else f"+{text}"
+
+
+def p_value(p: float) -> str:
+    """A p value in words; a dash for NaN."""
+    if isnan(p):
+        return UNKNOWN
+    return "p < .001" if p < 0.001 else "p > .999" if p > 0.999 else f"p = {unit(p)}"
 
 
 def share(part: float, whole: float) -> str:

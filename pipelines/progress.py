@@ -30,6 +30,12 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+def announce(stream: TextIO, text: str) -> None:
+    """One line of text for people, or, where `stream` is no terminal, as a JSON line."""
+    stream.write((visible(text) if stream.isatty() else json.dumps({"event": "message", "text": visible(text)})) + "\n")
+    stream.flush()
+
+
 class Progress:
     """A context manager that shows `num_shards` shards with `num_candidates` candidates being committed.
 

@@ -17,10 +17,10 @@ from pipelines.pages import (
     FULL_INCHES,
     HALF_INCHES,
     SERIES,
-    UNKNOWN,
     figure_style,
     load_template,
     new_axes,
+    p_value,
     signed,
     to_svg,
     unit,
@@ -45,7 +45,7 @@ def render(summary: RunSummary) -> str:
         figures=_figures(summary),
         verdict=verdict,
         sentence=sentence,
-        p_value=_p_value,
+        p_value=p_value,
     )
 
 
@@ -64,14 +64,8 @@ def sentence(comparison: MeasureComparison) -> str:
     change = f"{unit(c.before)} → {unit(c.after)}, {signed(c.after - c.before)}"
     interval = "" if isnan(c.low) else f" [{unit(c.low)}, {unit(c.high)}]"
     queries = f"better on {c.num_better:,} {'query' if c.num_better == 1 else 'queries'}, worse on {c.num_worse:,}"
-    tested = "" if isnan(c.p_randomisation) else f", {_p_value(c.p_randomisation)}"
+    tested = "" if isnan(c.p_randomisation) else f", {p_value(c.p_randomisation)}"
     return f"{display_name(c.measure)} {change}{interval}, {queries}{tested}: {verdict(c)}"
-
-
-def _p_value(p: float) -> str:
-    if isnan(p):
-        return UNKNOWN
-    return "p < .001" if p < 0.001 else "p > .999" if p > 0.999 else f"p = {unit(p)}"
 
 
 def _rates(summary: RunSummary) -> tuple[float, float] | None:

@@ -4,7 +4,6 @@ Any process may die at any moment. What is committed is in storage, and running 
 """
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from pipelines.inputs import list_candidates, scan
 from pipelines.model import Model, from_config
 from pipelines.plan import RUN_FOLDER, Plan
 from pipelines.prepare import ReadSettings, pass_through_fields
-from pipelines.progress import Progress, visible
+from pipelines.progress import Progress, announce
 from pipelines.rank import RankSettings
 from pipelines.records import Agreement, ShardCounts, ShardRecord
 from pipelines.stages import Item, RunContext, bucket_id, raise_failure
@@ -192,11 +191,8 @@ class _Run:
     def say(self, text: str) -> None:
         if self._progress is not None:
             self._progress.message(text)
-        elif self._stream.isatty():
-            self._stream.write(visible(text) + "\n")
         else:
-            self._stream.write(json.dumps({"event": "message", "text": visible(text)}) + "\n")
-        self._stream.flush()
+            announce(self._stream, text)
 
     def lose(self, message: str) -> None:
         self._lost = message

@@ -12,6 +12,7 @@ import yaml
 from crossenc.testing import tiny_checkpoint
 from pipelines.config import RerankConfig, ScoringConfig
 from pipelines.distill_config import DistillConfig
+from pipelines.evaluation_config import CollectionConfig, EvaluateConfig
 from pipelines.mine_config import MineConfig
 from pipelines.train_config import TrainConfig
 from tests.support.checkpoints import make_backbone
@@ -53,7 +54,7 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess:
 
 def test_the_commands_of_the_job_run_in_the_order_of_the_readme(workplace):
     wanted = commands("crossenc ") + commands("python -m jobs.rerank")
-    assert len(wanted) == 8
+    assert len(wanted) == 9
     for command in wanted:
         done = run(command, workplace)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
@@ -66,6 +67,8 @@ def test_the_commands_of_the_job_run_in_the_order_of_the_readme(workplace):
     assert len(read_results(workplace / "reranked-top3")) == 120
     assert list((workplace / "training" / "data").iterdir())
     assert (workplace / "trained" / "model" / "README.md").exists()
+    decided = subprocess.run([sys.executable, "-c", blocks("python")[1]], cwd=workplace, capture_output=True, text=True)
+    assert decided.returncode == 0 and "on 40 queries of clicks" in decided.stdout, decided.stderr
 
 
 def test_the_python_example_runs(workplace):
@@ -137,6 +140,13 @@ def test_every_setting_of_distilling_is_explained_and_every_explained_setting_ex
     assert {name for cell in cells for name in re.findall(r"`([a-z_]+)`", cell)} == set(DistillConfig.model_fields)
 
 
+def test_every_setting_of_evaluation_is_explained_and_every_explained_setting_exists():
+    for heading, kind in (("setting of `evaluate`", EvaluateConfig), ("setting of a collection", CollectionConfig)):
+        table = README.split(f"| {heading} | default | meaning |")[1].split("\n\n")[0]
+        cells = [line.split("|")[1] for line in table.splitlines()[2:]]
+        assert {name for cell in cells for name in re.findall(r"`([a-z_]+)`", cell)} == set(kind.model_fields)
+
+
 def test_the_annotated_tree_names_every_module_and_nothing_else():
     tree = README.split("## How it is built")[1].split("```")[1]
     for package in ("crossenc", "pipelines"):
@@ -148,7 +158,13 @@ def test_the_annotated_tree_names_every_module_and_nothing_else():
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("rerank", RerankConfig), ("mine", MineConfig), ("train", TrainConfig), ("distill", DistillConfig)],
+    [
+        ("rerank", RerankConfig),
+        ("mine", MineConfig),
+        ("train", TrainConfig),
+        ("distill", DistillConfig),
+        ("evaluate", EvaluateConfig),
+    ],
 )
 def test_the_commented_job_file_is_valid_and_comments_out_what_there_is(name, kind):
     text = (ROOT / "jobs" / "configs" / f"{name}.yaml").read_text()

@@ -13,7 +13,7 @@ from crossenc.records import Qrels
 
 #: trec_eval allocates memory in proportion to the highest grade and overflows silently beyond 32 bits.
 _MAX_GRADE = 1_000_000
-_EXAMPLES = "nDCG@10, RR@10, R@100, AP, P@5 or Success@1"
+_EXAMPLES = "nDCG@10, RR@10, R@100, AP, P@5, Judged@10 or Success@1"
 
 
 def per_query(measures: Sequence[str], qrels: Qrels, run: Mapping[str, Sequence[str]]) -> dict[str, dict[str, float]]:
@@ -28,7 +28,9 @@ def per_query(measures: Sequence[str], qrels: Qrels, run: Mapping[str, Sequence[
     numbers = {str(number): query_id for number, query_id in enumerate(qrels)}
     grades, scores = {}, {}
     for number, query_id in numbers.items():
-        grades[number], scores[number] = _renumbered(query_id, qrels[query_id], run.get(query_id, ()))
+        grades[number], ranked = _renumbered(query_id, qrels[query_id], run.get(query_id, ()))
+        if ranked:  # Judged divides by the length of a ranking
+            scores[number] = ranked
     values: dict[str, dict[str, float]] = {name: dict.fromkeys(qrels, 0.0) for name in measures}
     for metric in providers.iter_calc(list(set(parsed.values())), grades, scores):
         for name, measure in parsed.items():
@@ -43,10 +45,10 @@ def display_name(measure: str) -> str:
 
 
 def _providers() -> Any:
-    """The two implementations in use, fixed so that an optional package elsewhere never changes a figure."""
+    """The implementations in use, fixed so that an optional package elsewhere never changes a figure."""
     import ir_measures  # importing it installs a log handler, which `import crossenc.evaluation` must not do
 
-    return ir_measures.providers.FallbackProvider([ir_measures.pytrec_eval, ir_measures.msmarco])
+    return ir_measures.providers.FallbackProvider([ir_measures.pytrec_eval, ir_measures.msmarco, ir_measures.judged])
 
 
 def _parse(name: str, providers: Any) -> Any:

@@ -1,5 +1,9 @@
-"""Whether two rankings of the same queries differ by more than chance. Knows numbers only, no measure."""
+"""Whether rankings of the same queries differ by more than chance. Knows numbers only, no measure.
 
+Shapes: Q queries, C columns of values.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,68 +44,125 @@ def paired_comparison(before: NDArray[np.floating], after: NDArray[np.floating],
     """
     if before.ndim != 1 or before.shape != after.shape:
         raise InputError(f"a paired comparison needs two columns of equal length, got {before.shape} and {after.shape}")
-    differences = after.astype(np.float64) - before.astype(np.float64)
-    if not np.isfinite(differences).all():
+    return paired_comparisons(before[:, None], after[:, None], seed)[0]
+
+
+def paired_comparisons(
+    before_QC: NDArray[np.floating], after_QC: NDArray[np.floating], seed: int = 0
+) -> tuple[PairedTest, ...]:
+    """Compare C pairs of columns of the same Q queries, each as `paired_comparison` does, in much less time.
+
+    All comparisons share their random draws, which leaves each of them what it would be alone. Raises InputError as
+    `paired_comparison` does.
+    """
+    if before_QC.ndim != 2 or before_QC.shape != after_QC.shape:
+        raise InputError(f"paired comparisons need equal shapes [Q, C], got {before_QC.shape} and {after_QC.shape}")
+    differences_QC = after_QC.astype(np.float64) - before_QC.astype(np.float64)
+    if not np.isfinite(differences_QC).all():
         raise InputError("a paired comparison needs finite values; leave out the queries that have none")
-    num_queries = len(differences)
-    low = high = p_t = p_randomisation = float("nan")
+    num_queries, num_columns = differences_QC.shape
+    low = high = p_t = p_randomisation = np.full(num_columns, np.nan)
     if num_queries > 1:
         rng = np.random.default_rng(seed)
-        low, high = _bootstrap_interval(differences, rng)
-        p_t = _t_test(differences)
-        p_randomisation = _randomisation_test(differences, rng)
-    return PairedTest(
-        num_queries=num_queries,
-        mean_difference=float(differences.mean()) if num_queries else float("nan"),
-        low=low,
-        high=high,
-        p_t=p_t,
-        p_randomisation=p_randomisation,
-        num_better=int((differences > 0).sum()),
-        num_worse=int((differences < 0).sum()),
+        low, high = _bootstrap_intervals(differences_QC, rng)
+        p_t = _t_tests(differences_QC)
+        p_randomisation = _randomisation_tests(differences_QC, rng)
+    return tuple(
+        PairedTest(
+            num_queries=num_queries,
+            mean_difference=float(differences_QC[:, c].mean()) if num_queries else float("nan"),
+            low=float(low[c]),
+            high=float(high[c]),
+            p_t=float(p_t[c]),
+            p_randomisation=float(p_randomisation[c]),
+            num_better=int((differences_QC[:, c] > 0).sum()),
+            num_worse=int((differences_QC[:, c] < 0).sum()),
+        )
+        for c in range(num_columns)
     )
 
 
-def _bootstrap_interval(differences: NDArray[np.float64], rng: np.random.Generator) -> tuple[float, float]:
-    """The 2.5 % and 97.5 % quantiles of the mean over queries drawn with replacement."""
-    num_queries = len(differences)
-    means = [
-        differences[rng.integers(0, num_queries, size=(rows, num_queries))].mean(axis=1)
-        for rows in _chunks(num_queries)
-    ]
-    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
-    return float(low), float(high)
+def mean_intervals(values_QC: NDArray[np.floating], seed: int = 0) -> tuple[tuple[float, float], ...]:
+    """The 95 % percentile bootstrap interval of the mean of each of C columns; NaN for fewer than two queries.
+
+    Raises InputError for another shape than [Q, C], and for values that are not finite.
+    """
+    if values_QC.ndim != 2 or not np.isfinite(values_QC).all():
+        raise InputError(f"intervals need finite values of shape [Q, C], got {values_QC.shape}")
+    if len(values_QC) < 2:
+        return tuple((float("nan"), float("nan")) for _ in range(values_QC.shape[1]))
+    low, high = _bootstrap_intervals(values_QC.astype(np.float64), np.random.default_rng(seed))
+    return tuple((float(a), float(b)) for a, b in zip(low, high, strict=True))
 
 
-def _t_test(differences: NDArray[np.float64]) -> float:
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p values, in the order given.
+
+    Calling every difference real whose adjusted p is below alpha goes wrong, even once, with a probability below alpha.
+    NaN stays NaN and is not counted as a test. Holm, A simple sequentially rejective multiple test procedure, 1979.
+    """
+    adjusted = np.array(p_values, dtype=np.float64)
+    by = np.argsort(adjusted, kind="stable")[: int((~np.isnan(adjusted)).sum())]
+    factors = len(by) - np.arange(len(by))
+    adjusted[by] = np.minimum(1.0, np.maximum.accumulate(adjusted[by] * factors))
+    return [float(p) for p in adjusted]
+
+
+def _bootstrap_intervals(
+    values_QC: NDArray[np.float64], rng: np.random.Generator
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The 2.5 % and 97.5 % quantiles of the means over queries drawn with replacement, each [C]."""
+    num_queries = len(values_QC)
+    means = []
+    for rows in _chunks(num_queries):
+        drawn = rng.integers(0, num_queries, size=(rows, num_queries)) + num_queries * np.arange(rows)[:, None]
+        times_drawn = np.bincount(drawn.ravel(), minlength=rows * num_queries).reshape(rows, num_queries)
+        means.append(times_drawn.astype(np.float64) @ values_QC / num_queries)
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975], axis=0)
+    return low, high
+
+
+def _t_tests(differences_QC: NDArray[np.float64]) -> NDArray[np.float64]:
     from scipy import stats  # takes a second to import, and only comparisons need it
 
-    deviation = float(differences.std(ddof=1))
-    mean = float(differences.mean())
-    if deviation == 0:  # every query changed by the same amount: certain, unless that amount is nothing
-        return 1.0 if mean == 0 else 0.0
-    t = mean / (deviation / np.sqrt(len(differences)))
-    return float(2 * stats.t.sf(abs(t), df=len(differences) - 1))
+    deviations, means = differences_QC.std(axis=0, ddof=1), differences_QC.mean(axis=0)
+    # Every query changed by the same amount: certain, unless that amount is nothing.
+    p_values = np.where(means == 0, 1.0, 0.0)
+    varied = deviations > 0
+    t = means[varied] / (deviations[varied] / np.sqrt(len(differences_QC)))
+    p_values[varied] = 2 * stats.t.sf(np.abs(t), df=len(differences_QC) - 1)
+    return p_values
 
 
-def _randomisation_test(differences: NDArray[np.float64], rng: np.random.Generator) -> float:
-    """How often the sum is at least as far from 0 when each query's difference gets a random sign.
+def _randomisation_tests(differences_QC: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
+    """How often a column's sum is at least as far from 0 when each query's difference gets a random sign.
 
     Every combination of signs is tried when there are at most `_NUM_RESAMPLES` of them. Otherwise signs are
     random, and the observed combination counts as one more (Phipson and Smyth 2010), so that p is never 0.
     """
-    changed = differences[differences != 0]  # the sign of nothing changes nothing
+    sums = np.abs(differences_QC.sum(axis=0))
     # Sums of the same numbers in another order differ in their last bits; such a difference must count as a
     # tie.
-    threshold = abs(changed.sum()) - 1e-12 * np.abs(changed).sum()
-    if 2 ** len(changed) <= _NUM_RESAMPLES:
-        combinations = np.arange(2 ** len(changed))[:, None] >> np.arange(len(changed)) & 1
-        return float((np.abs((1 - 2 * combinations) @ changed) >= threshold).mean())
-    extreme = 0
-    for rows in _chunks(len(changed)):
-        signs = 1.0 - 2.0 * rng.integers(0, 2, size=(rows, len(changed)))
-        extreme += int((np.abs(signs @ changed) >= threshold).sum())
-    return (extreme + 1) / (_NUM_RESAMPLES + 1)
+    thresholds = sums - 1e-12 * np.abs(differences_QC).sum(axis=0)
+    is_exact = (differences_QC != 0).sum(axis=0) <= np.log2(_NUM_RESAMPLES)
+    p_values = np.empty(len(sums))
+    for c in np.flatnonzero(is_exact):
+        p_values[c] = _exact_test(differences_QC[:, c], thresholds[c])
+    if is_exact.all():
+        return p_values
+    differences_QC, thresholds = differences_QC[:, ~is_exact], thresholds[~is_exact]
+    num_extreme = np.zeros(len(thresholds), dtype=np.int64)
+    for rows in _chunks(len(differences_QC)):
+        signs = 1.0 - 2.0 * rng.integers(0, 2, size=(rows, len(differences_QC)))
+        num_extreme += (np.abs(signs @ differences_QC) >= thresholds).sum(axis=0)
+    p_values[~is_exact] = (num_extreme + 1) / (_NUM_RESAMPLES + 1)
+    return p_values
+
+
+def _exact_test(differences: NDArray[np.float64], threshold: float) -> float:
+    changed = differences[differences != 0]  # the sign of nothing changes nothing
+    combinations = np.arange(2 ** len(changed))[:, None] >> np.arange(len(changed)) & 1
+    return float((np.abs((1 - 2 * combinations) @ changed) >= threshold).mean())
 
 
 def _chunks(num_values: int) -> list[int]:
