@@ -27,7 +27,7 @@ class PackedSelfAttention(nn.Module):
         own = self.attention
         heads = (-1, own.num_attention_heads, own.attention_head_size)
         query, key, value = (layer(states[0]).view(heads) for layer in (own.q, own.k, own.v))
-        dropout = own.dropout.p if self.training else 0.0
+        dropout = own.dropout.p if own.training else 0.0
         scale, bias = own.attention_head_size**-0.5, position_bias[0]
         attended = attend(query, key, value, scale, sequences, bias=bias, dropout=dropout)
         return (own.o(attended.flatten(1)).unsqueeze(0),)

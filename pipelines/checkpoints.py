@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from crossenc.errors import RunConflictError, StorageError
 from pipelines.plan import RUN_FOLDER
 from pipelines.storage import Location, delete, list_files, put, put_new, read_bytes
+from pipelines.stored_files import StoredFile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,15 +26,6 @@ if TYPE_CHECKING:
 CHECKPOINT_FOLDER = "checkpoints"
 #: What makes a folder the output of a training run.
 TRAIN_STATE_FILE = f"{RUN_FOLDER}/train.json"
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensors:
-    """A file of tensors. `path` is relative to the output folder."""
-
-    path: str
-    num_bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +57,8 @@ class Checkpoint:
     seconds: float
     forward_kind: str
     logs: tuple[LogPoint, ...]
-    weights: StoredTensors = field(default=StoredTensors("", 0, ""))
-    optimizer: StoredTensors = field(default=StoredTensors("", 0, ""))
+    weights: StoredFile = field(default=StoredFile("", 0, ""))
+    optimizer: StoredFile = field(default=StoredFile("", 0, ""))
 
     @property
     def is_last(self) -> bool:
@@ -108,7 +100,7 @@ def store(
         body = save(dict(tensors))
         path = f"{folder}/{name}.safetensors"
         put(output / path, body)
-        stored[name] = StoredTensors(path, len(body), hashlib.sha256(body).hexdigest())
+        stored[name] = StoredFile(path, len(body), hashlib.sha256(body).hexdigest())
     values = {name: getattr(checkpoint, name) for name in Checkpoint.__dataclass_fields__} | stored
     record = Checkpoint(**values)
     place = _place(output, checkpoint.step)
@@ -131,7 +123,7 @@ def read_all(output: Location, fingerprint: str | None = None) -> list[Checkpoin
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
-def read_tensors(output: Location, file: StoredTensors) -> "dict[str, Tensor]":
+def read_tensors(output: Location, file: StoredFile) -> "dict[str, Tensor]":
     """The tensors of a file. Raises StorageError where they are not what was stored."""
     from safetensors.torch import load
 

@@ -24,11 +24,11 @@ from pipelines.inputs import check_unchanged
 from pipelines.plan import InputFile
 from pipelines.schemas import QUARANTINE_SCHEMA, to_parquet
 from pipelines.storage import FileInfo, Location, locate
+from pipelines.stored_files import StoredFile, store
 from pipelines.texts import TextTable, open_store
 from pipelines.train_files import DamagedError, Lines, Slice, format_of, read_slice
 from pipelines.train_layout import LabelledColumns, kind_of
 from pipelines.train_rows import Refusal, Row, Texts, from_arrow, from_lines, judge
-from pipelines.units import StoredFile, store
 
 Side = Literal["train", "validation"]
 SIDES: tuple[Side, ...] = ("train", "validation")

@@ -6,7 +6,6 @@ again does the units without a record. It knows nothing of what a job makes of i
 """
 
 import contextlib
-import hashlib
 import json
 import math
 import time
@@ -27,6 +26,7 @@ from pipelines.finish import MANIFEST_FILE, SUCCESS_FILE, first_changed
 from pipelines.plan import RUN_FOLDER, Plan, Shard
 from pipelines.stages import bucket_id
 from pipelines.storage import FileInfo, Location, delete, exists, list_files, put, put_new, read_bytes
+from pipelines.stored_files import StoredFile, store
 from pipelines.unit_progress import UnitProgress
 from pipelines.unit_rows import GATHERED_FOLDER, RowContext, bucket_rows, gather, shard_rows
 
@@ -58,15 +58,6 @@ class UnitCounts(Protocol):
 
 
 Counts = TypeVar("Counts", bound=UnitCounts)
-
-
-@dataclass(frozen=True, slots=True)
-class StoredFile:
-    """A file of the output. `path` is relative to the output folder."""
-
-    path: str
-    num_bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,14 +332,3 @@ def remove_run(output: Location) -> None:
     delete([file for file in files if not file.uri.startswith(keep) and file not in (plan, *shards, *records)])
     delete([plan])
     delete(shards)
-
-
-def store(path: str, body: bytes, output: Location) -> StoredFile:
-    """Creates a file whose bytes depend on the unit alone: one that is there already is this one."""
-    stored = put_new(output / path, body)
-    if stored != body:
-        raise RunConflictError(
-            f"{output / path} holds something else than this run makes; choose another output, or start over with"
-            " --new-run"
-        )
-    return StoredFile(path, len(body), hashlib.sha256(body).hexdigest())

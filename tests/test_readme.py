@@ -52,6 +52,7 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess:
     return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=240)
 
 
+@pytest.mark.timeout(900)
 def test_the_commands_of_the_job_run_in_the_order_of_the_readme(workplace):
     wanted = commands("crossenc ") + commands("python -m jobs.rerank")
     assert len(wanted) == 9

@@ -421,7 +421,7 @@ def test_a_modular_head_of_a_narrow_model_is_computed_in_float32() -> None:
 def test_the_products_equal_the_fused_kernel(length: int) -> None:
     query, key, value = torch.randn(3, 2, 4, length, 8).unbind()
     fused = nn.functional.scaled_dot_product_attention(query, key, value, scale=0.3)
-    torch.testing.assert_close(_products(query, key, value, 0.3), fused, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(_products(query, key, value, 0.3, 0.0), fused, atol=1e-5, rtol=1e-5)
 
 
 def test_sequences_see_themselves_alone_and_in_a_window_their_neighbours() -> None:

@@ -128,6 +128,7 @@ def test_a_driver_told_to_stop_finishes_what_is_in_work_and_says_how_to_resume(s
         assert part_bytes(output) == scene.oracle()
 
 
+@pytest.mark.faults
 def test_a_second_sigterm_ends_the_driver_at_once(scene, starter, tmp_path):
     output = tmp_path / "out"
     driver = starter.start(scene.job(tmp_path), "--seconds-per-pair", "3")  # one shard takes a minute
@@ -139,6 +140,7 @@ def test_a_second_sigterm_ends_the_driver_at_once(scene, starter, tmp_path):
     assert parts(output) == {}
 
 
+@pytest.mark.faults
 def test_a_drain_that_takes_too_long_is_cut_short(scene, starter, tmp_path):
     driver = starter.start(scene.job(tmp_path, drain_seconds=1), "--seconds-per-pair", "3")
     driver.wait_until(lambda: bool(ray_workers(driver.pid, "ScoreShards")), 200)
@@ -167,6 +169,7 @@ STEPS = [
 ]
 
 
+@pytest.mark.faults
 def test_a_driver_killed_at_one_step_after_the_other_ends_like_an_undisturbed_one(scene, starter, tmp_path):
     job, output = scene.job(tmp_path), tmp_path / "out"
     for when, name in [("after", "plan.json"), ("before", "_manifest.json"), ("after", "report.html")]:
@@ -208,6 +211,7 @@ def test_two_phases_killed_in_each_are_resumed_to_the_bytes_of_an_undisturbed_ru
     assert part_bytes(output) == scene.oracle("shuffled")
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("when", ["before", "publish"])
 def test_a_worker_that_dies_in_the_middle_of_a_commit_costs_nothing(scene, starter, tmp_path, when):
     job, output, mark = scene.job(tmp_path), tmp_path / "out", tmp_path / "died"
@@ -218,6 +222,7 @@ def test_a_worker_that_dies_in_the_middle_of_a_commit_costs_nothing(scene, start
     assert {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()} == visible_files(output)
 
 
+@pytest.mark.faults
 def test_a_full_disk_ends_the_run_with_a_remedy_and_freeing_space_lets_it_finish(scene, starter, tmp_path):
     with small_disk(megabytes=1) as disk:
         job, output, ballast = scene.job(tmp_path, output=str(disk / "out")), disk / "out", disk / "ballast"

@@ -110,6 +110,7 @@ def test_a_run_whose_driver_is_killed_again_and_again_does_everything_once(job, 
     assert pairs_in(output) == Counter(zip(collection.pairs.query_id, collection.pairs.doc_id, strict=True))
 
 
+@pytest.mark.faults
 def test_a_storm_of_faults_and_lost_answers_to_every_creation_change_nothing(job, collection, proxy, on_disk):
     path = job.write(collection, "pairs")
     created = (r"/epoch-000001\.json", r"/plan\.json", r"/results/part-000000-[0-9a-f]+\.parquet", r"/_manifest\.json")
@@ -167,6 +168,7 @@ def test_a_bucket_that_is_missing_is_named_before_any_work(job, collection):
     assert "shards" not in said(driver)
 
 
+@pytest.mark.faults
 def test_a_store_without_create_only_puts_is_warned_of_and_serves_both_phases(job, collection, proxy, on_disk):
     path = job.write(collection, "shuffled")
     proxy.add(Rule("status", method="PUT", header="If-None-Match", status=501, times=None))
@@ -192,6 +194,7 @@ def test_job_file_model_and_candidates_may_all_lie_on_s3_under_odd_names(job, co
     assert set(read_quarantine(output).file) == {f"s3://{job.bucket}/{job.prefix}/in/nested/nested.parquet"}
 
 
+@pytest.mark.faults
 def test_credentials_of_the_job_file_reach_every_process_and_nothing_that_is_written(job, collection, on_disk):
     secret = "canary/Secret+Value0"
     options = {"endpoint_url": job.server.endpoint_url, "key": job.server.access_key, "secret": secret}

@@ -71,6 +71,7 @@ def make_job(folder: Path, settings: dict[str, object], **more: object) -> str:
     return write_job(folder / "job.yaml", **{"output": str(folder / "out"), **settings, **more})
 
 
+@pytest.mark.faults
 def test_a_second_run_is_refused_while_the_first_works_and_takes_over_when_it_is_dead(
     settings, undisturbed, starter, tmp_path, no_ray, capsys
 ):
@@ -149,6 +150,7 @@ def test_a_changed_input_is_refused_and_named(collection, settings, undisturbed,
         os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
+@pytest.mark.faults
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("num_deletions", [0, 1, 2, 3])
 def test_a_new_run_that_dies_while_it_deletes_the_old_one_leaves_a_run_to_resume(

@@ -73,6 +73,7 @@ def workers(driver: DriverProcess) -> list:
     return ray_workers(driver.pid, "TrainWorker")
 
 
+@pytest.mark.faults
 def test_a_worker_that_is_killed_costs_the_steps_since_the_last_checkpoint_and_nothing_else(scene, starter, tmp_path):
     driver = starter.start(scene.job(tmp_path), module="jobs.train")
     driver.wait_until(lambda: last_step(tmp_path) >= 3, 200)

@@ -97,6 +97,7 @@ def read_lists(output: Path) -> list[dict]:
     return sorted(pq.read_table(output / "lists" / "data").to_pylist(), key=lambda row: row["query"])
 
 
+@pytest.mark.faults
 def test_two_teachers_a_stop_between_stages_and_a_student_half_as_deep(scene, tmp_path, run):
     output = tmp_path / "out"
     stopped, _ = run(config(scene, output), should_stop=lambda: (output / "teachers" / "0" / "_SUCCESS").exists())
@@ -169,6 +170,7 @@ def test_one_teacher_gives_the_same_lists_with_one_actor_and_two(scene, tmp_path
     assert labels <= {float(score) for score in scores}
 
 
+@pytest.mark.faults
 def test_a_new_run_leaves_nothing_of_the_old_one(scene, tmp_path, run):
     output = tmp_path / "out"
     until_lists = {"should_stop": lambda: (output / "lists" / "_SUCCESS").exists()}

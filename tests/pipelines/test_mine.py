@@ -397,6 +397,7 @@ def start(job: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=dict(os.environ))
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(("layout", "folder"), [("pairs", "records"), ("shuffled", "gathered")])
 def test_drivers_killed_again_and_again_end_with_the_bytes_of_an_undisturbed_run(tmp_path, layout, folder):
     collection = make_collection(tmp_path / "in", num_queries=300)
