@@ -13,9 +13,11 @@ from pipelines.train_config import LoraConfig, TrainConfig
 
 
 def source(config: TrainConfig) -> CheckpointModel:
-    """Where training starts from."""
+    """Where training starts from; a folder by its full path, since workers have working folders of their own."""
+    folder = Path(config.model).expanduser()
+    is_folder = "://" not in config.model and folder.is_dir()
     return CheckpointModel(
-        source=config.model,
+        source=str(folder.resolve()) if is_folder else config.model,
         max_length=config.max_length,
         storage_options=config.storage_options if "://" in config.model else {},
     )
