@@ -149,6 +149,7 @@ def test_two_teachers_a_stop_between_stages_and_a_student_half_as_deep(scene, tm
         run(config(scene, output, documents=4))
 
 
+@pytest.mark.faults
 def test_one_teacher_gives_the_same_lists_with_one_actor_and_two(scene, tmp_path, run):
     lists = []
     for actors in (1, 2):
@@ -233,6 +234,7 @@ def test_each_stage_gets_its_settings():
     assert learning.storage_options == {"a": "b"} and "train" not in made.model_dump()["student"]
 
 
+@pytest.mark.faults
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("layout", ["shuffled", "ids"])
 def test_lists_are_those_that_the_sampling_draws_by_itself_in_any_layout(tmp_path, monkeypatch, layout):
