@@ -35,7 +35,7 @@ def show(config: BaseModel, lines: Sequence[str]) -> None:
     shown = config.model_dump(mode="json")
     shown["storage_options"] = redact_options(shown["storage_options"])
     out = Console(highlight=False, soft_wrap=True)
-    out.print(yaml.safe_dump(shown, sort_keys=False).strip(), markup=False)
+    out.print(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).strip(), markup=False)
     out.print("\n" + "\n".join(lines), markup=False)
 
 

@@ -1,7 +1,7 @@
 """The distillation job: `crossenc distill job.yaml`, or `python -m jobs.distill job.yaml`."""
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -11,17 +11,22 @@ from jobs import config as job_config
 from jobs import runtime
 from jobs.mine import show_numbers
 from jobs.train import show_result
-from pipelines.distill import Outcome, describe, distill, needs
 from pipelines.distill_config import DistillConfig
-from pipelines.distill_lists import ListCounts
 from pipelines.progress import visible
 from pipelines.schemas import REASONS
+
+if TYPE_CHECKING:
+    from pipelines.distill import Outcome
+    from pipelines.distill_lists import ListCounts
 
 
 def run(job: str, overrides: tuple[str, ...] = (), *, dry_run: bool = False, new_run: bool = False) -> int:
     """Runs the job file and returns the exit code."""
 
     def body(stop: runtime.StopSignal) -> int:
+        # Imported here because it imports torch, which other verbs need not wait for.
+        from pipelines.distill import describe, distill, needs
+
         config = job_config.load(DistillConfig, job, overrides)
         if dry_run:
             job_config.show(config, describe(config))
@@ -41,7 +46,7 @@ def run(job: str, overrides: tuple[str, ...] = (), *, dry_run: bool = False, new
     return runtime.run(body)
 
 
-def _show_outcome(outcome: Outcome) -> None:
+def _show_outcome(outcome: "Outcome") -> None:
     out = Console(highlight=False, soft_wrap=True)
     out.print(visible(outcome.message), markup=False)
     if outcome.lists is not None:
@@ -52,7 +57,7 @@ def _show_outcome(outcome: Outcome) -> None:
         show_result(out, outcome.student)
 
 
-def _show_lists(out: Console, counts: ListCounts) -> None:
+def _show_lists(out: Console, counts: "ListCounts") -> None:
     each = f", {counts.num_documents / counts.num_lists:.1f} a list" if counts.num_lists else ""
     out.print(
         f"{counts.num_lists:,} of {counts.num_queries:,} queries gave lists of {counts.num_documents:,} documents{each}"

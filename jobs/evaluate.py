@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Annotated
 
 import typer
-import yaml
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -20,7 +19,6 @@ from pipelines.evaluation_report import verdict
 from pipelines.execute import needs
 from pipelines.model import Model
 from pipelines.progress import visible
-from pipelines.storage import redact_options
 
 _STYLES = {"better": "green", "worse": "red"}
 
@@ -38,7 +36,7 @@ def run(
     def body(stop: runtime.StopSignal) -> int:
         config = job_config.load(EvaluateConfig, job, overrides)
         if dry_run:
-            _show_plan(config, models)
+            job_config.show(config, evaluation.describe(evaluation.resolve(config, models)))
             return runtime.DONE
         with runtime.disconnected_at_end():
             outcome = evaluation.evaluate(
@@ -56,15 +54,6 @@ def run(
         return runtime.RESUMABLE if outcome.state == "stopped" else runtime.DONE
 
     return runtime.run(body)
-
-
-def _show_plan(config: EvaluateConfig, models: Mapping[str, Model] | None) -> None:
-    job = evaluation.resolve(config, models)
-    shown = config.model_dump(mode="json")
-    shown["storage_options"] = redact_options(config.storage_options)
-    out = Console(highlight=False, soft_wrap=True)
-    out.print(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).strip(), markup=False)
-    out.print("\n" + "\n".join(evaluation.describe(job)), markup=False)
 
 
 def _show_figures(out: Console, found: Evaluation) -> None:

@@ -10,10 +10,10 @@ from jobs import config as job_config
 from jobs import runtime
 from pipelines.progress import visible
 from pipelines.train_config import TrainConfig
-from pipelines.train_finish import Finished
 
 if TYPE_CHECKING:
     from pipelines.train import Outcome
+    from pipelines.train_finish import Finished
 
 
 def run(job: str, overrides: tuple[str, ...] = (), *, dry_run: bool = False, new_run: bool = False) -> int:
@@ -48,7 +48,7 @@ def _show_outcome(outcome: "Outcome") -> None:
         show_result(out, outcome.result)
 
 
-def show_result(out: Console, result: Finished) -> None:
+def show_result(out: Console, result: "Finished") -> None:
     """Prints what a run came to."""
     out.print(f"the model is that of step {result.best_step:,} of {result.num_steps:,}")
     if result.value is not None:

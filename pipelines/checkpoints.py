@@ -10,7 +10,7 @@ import hashlib
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter, ValidationError
@@ -101,8 +101,7 @@ def store(
         path = f"{folder}/{name}.safetensors"
         put(output / path, body)
         stored[name] = StoredFile(path, len(body), hashlib.sha256(body).hexdigest())
-    values = {name: getattr(checkpoint, name) for name in Checkpoint.__dataclass_fields__} | stored
-    record = Checkpoint(**values)
+    record = replace(checkpoint, weights=stored["weights"], optimizer=stored["optimizer"])
     place = _place(output, checkpoint.step)
     found = _parse(put_new(place, _RECORD.dump_json(record)), place, checkpoint.fingerprint)
     if found != record:

@@ -9,7 +9,6 @@ Each stage is exactly once and resumable by itself, and refuses what was made by
 command again goes on in the stage that was stopped, and does none again that is finished.
 """
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Callable
@@ -33,6 +32,7 @@ from pipelines.finish import SUCCESS_FILE, first_changed
 from pipelines.model import CheckpointModel, from_config
 from pipelines.plan import RUN_FOLDER
 from pipelines.storage import Location, check_apart, delete, exists, list_files, locate, put, put_new, read_bytes
+from pipelines.stored_files import store_model
 from pipelines.train_config import TrainConfig
 from pipelines.train_data_config import LabelledData
 from pipelines.train_files import find_columns
@@ -179,14 +179,10 @@ def _make_start(config: DistillConfig, folder: Location, num_layers: int) -> tup
         plans.check_unchanged(stored, parts, folder)
         if first_changed(folder, made) is None:
             return kept
-    files = []
     with tempfile.TemporaryDirectory(prefix="crossenc-start-") as temporary:
         target = Path(temporary) / MODEL_FOLDER
         keep_layers(teacher.folder(), num_layers, target)
-        for path in sorted(path for path in target.rglob("*") if path.is_file()):
-            body, name = path.read_bytes(), f"{MODEL_FOLDER}/{path.relative_to(target).as_posix()}"
-            put(folder / name, body)
-            files.append({"path": name, "bytes": len(body), "sha256": hashlib.sha256(body).hexdigest()})
+        files = store_model(target, MODEL_FOLDER, folder)
     put(folder / _START_RECORD, json.dumps({"parts": parts, "files": files}, indent=1).encode())
     return kept
 

@@ -1,10 +1,12 @@
-"""Files that a unit of work leaves: made once, by one create-only PUT, with their digests. Knows no Ray."""
+"""Files that a run leaves in its output, with their digests. Knows no Ray."""
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from crossenc.errors import RunConflictError
-from pipelines.storage import Location, put_new
+from pipelines.storage import Location, put, put_new
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,3 +27,17 @@ def store(path: str, body: bytes, output: Location) -> StoredFile:
             " --new-run"
         )
     return StoredFile(path, len(body), hashlib.sha256(body).hexdigest())
+
+
+def store_model(folder: Path, name: str, output: Location) -> list[dict[str, Any]]:
+    """Copies a model's folder to `name` below the output, its configuration last: without it there is no model.
+
+    Returns path, size and digest of each file, as manifests list them.
+    """
+    stored = []
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in sorted(paths, key=lambda path: path.name == "config.json"):
+        body, place = path.read_bytes(), f"{name}/{path.relative_to(folder).as_posix()}"
+        put(output / place, body)
+        stored.append({"path": place, "bytes": len(body), "sha256": hashlib.sha256(body).hexdigest()})
+    return stored

@@ -95,9 +95,7 @@ def resolve(config: TrainConfig) -> TrainJob:
     """Looks the model up and builds it once, so that what cannot work is found now. Raises before any work is done."""
     options = config.storage_options
     output = locate(config.output, options)
-    data = [config.train] + (
-        [] if config.validation is None or isinstance(config.validation, float) else [config.validation]
-    )
+    data = [one for one in (config.train, config.validation) if isinstance(one, LabelledData)]
     check_apart(output, [uri for one in data for uri in (*one.uris, one.queries, one.corpus)])
     loss = objective(config.loss.name, config.loss.parameters)
     model = source(config).pinned()

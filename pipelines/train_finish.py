@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from crossenc.errors import CrossEncError, RunConflictError
 from crossenc.loop.optimizer import load_trained_weights
@@ -22,6 +21,7 @@ from pipelines.checkpoints import Checkpoint
 from pipelines.finish import MANIFEST_FILE, REPORT_FILE, SUCCESS_FILE, first_changed
 from pipelines.model import CheckpointModel
 from pipelines.storage import Location, put, read_bytes, redact_options
+from pipelines.stored_files import store_model
 from pipelines.train_config import TrainConfig
 from pipelines.train_data import PreparedData
 from pipelines.train_events import event_file
@@ -81,7 +81,9 @@ def finish(run: TrainRun, say: Callable[[str], None]) -> Finished:
     _fill_card(model, run, best, last, lineage)
     if run.config.lora is not None:
         model.merge_adapters()
-    files = _store_model(model, run.output)
+    with tempfile.TemporaryDirectory(prefix="crossenc-model-") as folder:
+        model.save_pretrained(folder)
+        files = store_model(Path(folder), MODEL_FOLDER, run.output)
     summary = _summary(run, model, best, last, result, lineage)
     put(run.output / REPORT_FILE, render(summary).encode())
     try:
@@ -159,20 +161,6 @@ def _fill_card(
     card.best_step = best.step if best.value is not None else None
     card.training_seconds = last.seconds
     card.lineage = dict(lineage)
-
-
-def _store_model(model: CrossEncoder, output: Location) -> list[dict[str, Any]]:
-    """Saves the model, its configuration last; returns path, size and digest of each file."""
-    stored = []
-    with tempfile.TemporaryDirectory(prefix="crossenc-model-") as folder:
-        model.save_pretrained(folder)
-        paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-        for path in sorted(paths, key=lambda path: path.name == "config.json"):
-            body = path.read_bytes()
-            place = f"{MODEL_FOLDER}/{path.relative_to(folder).as_posix()}"
-            put(output / place, body)
-            stored.append({"path": place, "bytes": len(body), "sha256": hashlib.sha256(body).hexdigest()})
-    return stored
 
 
 def _summary(

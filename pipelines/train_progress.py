@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from crossenc.evaluation.metrics import display_name
 from pipelines.checkpoints import LogPoint
-from pipelines.progress import visible
+from pipelines.progress import announce, visible
 from pipelines.train_board import Figures
 
 _INTERVAL_SECONDS = 10.0
@@ -83,10 +83,8 @@ class TrainProgress:
         """Shows one line."""
         if self._bar is not None:
             self._bar.console.print(visible(text), markup=False, highlight=False)
-        elif self._stream.isatty():
-            self._stream.write(visible(text) + "\n")
         else:
-            self._write({"event": "message", "text": visible(text)})
+            announce(self._stream, text)
 
     def snapshot(self) -> dict[str, Any]:
         """The numbers shown; `eta_seconds` is None while no speed is known."""

@@ -13,7 +13,7 @@ from typing import Any, Protocol, Self, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipelines.progress import visible
+from pipelines.progress import announce, visible
 
 
 class ShownCounts(Protocol):
@@ -96,10 +96,8 @@ class UnitProgress:
         """Shows one line."""
         if self._bar is not None:
             self._bar.console.print(visible(text), markup=False, highlight=False)
-        elif self._stream.isatty():
-            self._stream.write(visible(text) + "\n")
         else:
-            self._write({"event": "message", "text": visible(text)})
+            announce(self._stream, text)
 
     def _add(self, counts: ShownCounts) -> None:
         self._num_done += 1
