@@ -15,7 +15,7 @@ demo: $(VENV)/.demo ## build a collection, fine-tune a model, rerank, report (MO
 	$(BIN)/python -m jobs.demo $(if $(MODEL),--model $(MODEL))
 
 test: $(VENV)/.test ## the test suite, two files at a time
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 30
 
 test-faults: $(VENV)/.test ## long fault tests, with a real S3 server installed by apt (needs root)
 	$(BIN)/python -m tests.support.s3 ceph install

@@ -15,6 +15,8 @@ _REMOVED_PREFIXES = ("AWS_", "RAY_", "HF_", "HUGGING_FACE_", "CROSSENC_")
 _SET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
+_LONG_FILES = ("test_readme.py", "test_train.py", "test_driver_kills.py", "test_evaluate.py", "test_rerank_s3.py")
+
 # Ray 2.60 warns about the defaults that its own DataContext sets on first use.
 _RAY_DEPRECATIONS = ("use_push_based_shuffle", "use_polars", "use_arrow_tensor_v2")
 
@@ -30,6 +32,11 @@ def pytest_configure(config: pytest.Config) -> None:
     for name in _unwanted():
         del os.environ[name]
     os.environ.update(_SET)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: two workers that take file by file then end at about the same time."""
+    items.sort(key=lambda item: item.path.name not in _LONG_FILES)
 
 
 @pytest.fixture(autouse=True)
