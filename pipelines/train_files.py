@@ -45,6 +45,8 @@ SUFFIXES = (".parquet", ".arrow", ".jsonl", ".jsonl.gz", ".tsv", ".tsv.gz")
 #: A longer line is refused, and never in memory whole.
 MAX_LINE_BYTES = 64 * 2**20
 _BATCH_ROWS = 1024
+#: Pairs in a slice, at least: seconds of tokenising, which a look into a file is little beside.
+_SLICE_PAIRS = 4_096
 _BUFFER_BYTES = 8 * 2**20
 #: Lines that tell what the columns of a JSON file are.
 _SCHEMA_LINES = 100
@@ -196,7 +198,7 @@ def cut_slices(
             scan, offsets = (
                 _scan_parquet(file, columns, grouped) if kind == "parquet" else _scan_arrow(file, columns, grouped)
             )
-            target = slice_pairs or default_shard_candidates(num_bytes // 512)
+            target = slice_pairs or max(_SLICE_PAIRS, default_shard_candidates(num_bytes // 512))
             found = [_within(scan, offsets, *entry) for entry in cut(scan, target, anywhere=False)]
         slices += [_numbered(entry, index, file, len(slices) + place) for place, entry in enumerate(found)]
     return slices

@@ -74,10 +74,11 @@ def messages(driver: DriverProcess) -> str:
     return "\n".join(str(event["text"]) for event in stderr_events(driver) if event["event"] == "message")
 
 
-def test_a_driver_killed_twice_is_resumed_to_the_bytes_of_an_undisturbed_run(scene, starter, tmp_path, capsys):
+@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.faults)])
+def test_a_killed_driver_is_resumed_to_the_bytes_of_an_undisturbed_run(scene, starter, tmp_path, capsys, times):
     job, output = scene.job(tmp_path), tmp_path / "out"
     committed: dict[str, tuple[int, int]] = {}
-    for _ in range(2):
+    for _ in range(times):
         driver = starter.start(job, *SLOW)
         wanted = len(committed) + 2
         driver.wait_until(lambda wanted=wanted: len(parts(output)) >= wanted, 200)
@@ -109,7 +110,7 @@ def test_a_driver_killed_twice_is_resumed_to_the_bytes_of_an_undisturbed_run(sce
     assert (shown["num_scored"], shown["refused"]) == (238, {"document_missing": 1, "score_not_finite": 1})
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.faults)])
 def test_a_driver_told_to_stop_finishes_what_is_in_work_and_says_how_to_resume(scene, starter, tmp_path, number):
     job, output = scene.job(tmp_path), tmp_path / "out"
     driver = starter.start(job, *SLOW)

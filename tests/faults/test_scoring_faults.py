@@ -143,6 +143,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_run_with_its_error(settings, sta
     assert parts(tmp_path / "out") == {}
 
 
+@pytest.mark.faults
 def test_a_model_whose_loading_kills_the_process_ends_the_run_after_a_few_attempts(settings, starter, tmp_path):
     job = make_job(tmp_path, settings)
     driver = starter.run(job, "--on-load", "kill")
@@ -151,6 +152,7 @@ def test_a_model_whose_loading_kills_the_process_ends_the_run_after_a_few_attemp
     assert parts(tmp_path / "out") == {}
 
 
+@pytest.mark.faults
 def test_a_checkpoint_that_gives_nan_is_refused_before_anything_is_committed(settings, starter, tmp_path):
     from safetensors.torch import load_file, save_file
 
