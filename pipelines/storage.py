@@ -8,6 +8,7 @@ messages never show credentials. It knows nothing of Parquet, shards or runs.
 import errno
 import io
 import ipaddress
+import itertools
 import os
 import random
 import re
@@ -501,8 +502,8 @@ def put_if(location: Location, data: bytes, expected: bytes | None) -> bytes:
         return put_new(location, data)
     deadline = time.monotonic() + RETRY_SECONDS
     pause = 0.1
-    while True:
-        failure = _try_replace(location, data, expected)
+    for mark in itertools.cycle(('"', "")):  # HTTP has an etag in quotes; radosgw takes none
+        failure = _try_replace(location, data, expected, mark)
         found = read_bytes(location)
         if found != expected or found == data:
             return found
@@ -511,16 +512,17 @@ def put_if(location: Location, data: bytes, expected: bytes | None) -> bytes:
             raise _storage_error(failure, location, "write") from None
         time.sleep(random.uniform(pause / 2, pause))
         pause = min(pause * 2, 5.0)
+    raise AssertionError("unreachable: the deadline ends the loop")
 
 
-def _try_replace(location: Location, data: bytes, expected: bytes) -> Exception | None:
+def _try_replace(location: Location, data: bytes, expected: bytes, mark: str) -> Exception | None:
     if location.scheme == "file":
         _local(location, lambda path: _replace_locked(path, data, expected))
         return None
     state = info(location)  # before the content: where that is the expected one, it is of this version or a newer one
     if state is None or read_bytes(location) != expected:
         return None
-    condition = {"IfMatch": f'"{state.version}"'} if location.scheme == "s3" else {}
+    condition = {"IfMatch": f"{mark}{state.version}{mark}"} if location.scheme == "s3" else {}
     try:
         _filesystem(location).pipe_file(location.path, data, **_put_options(location), **condition)
     except Exception as error:
