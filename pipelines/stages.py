@@ -172,8 +172,9 @@ class ScoreShards:
         self._control = control
         self._failure: CrossEncError | None = None
         self._scorer: Scorer | None = None
-        actor_id = ray.get_runtime_context().get_actor_id()
-        deaths = ray.get(control.begin_loading.remote(actor_id))
+        here = ray.get_runtime_context()
+        actor_id, self._node_id = here.get_actor_id(), here.get_node_id()
+        deaths = ray.get(control.begin_loading.remote(actor_id, self._node_id))
         try:
             if deaths >= GIVE_UP_LOADING_AFTER_DEATHS:
                 raise ScoreError(
@@ -196,7 +197,7 @@ class ScoreShards:
         if self._scorer is None:
             assert self._failure is not None
             return _failure(shard_id, self._failure)
-        verdict = ray.get(self._control.begin.remote(shard_id))
+        verdict = ray.get(self._control.begin.remote(shard_id, self._node_id))
         if verdict == "stop":
             return _row(shard_id, "skipped")
         started = time.perf_counter()
@@ -313,37 +314,41 @@ def raise_failure(message: str) -> None:
 
 
 class RunControl:
-    """An actor that counts starts without an end, outside the processes that may die of them, and passes on stops."""
+    """An actor that counts starts without an end, outside the processes that may die of them, and passes on stops.
+
+    A start whose node is gone says nothing about the shard or the model: spot nodes are taken back. It does not count.
+    """
 
     def __init__(self, run: str) -> None:
         self._run = run
-        self._open_loads: dict[str, int] = {}
-        self._open_starts: dict[str, int] = {}
+        self._open_loads: dict[str, list[str]] = {}
+        self._open_starts: dict[str, list[str]] = {}
         self._begun: set[str] = set()
         self._stopping = False
 
-    def begin_loading(self, actor_id: str) -> int:
+    def begin_loading(self, actor_id: str, node_id: str) -> int:
         """Called before an actor loads its model; tells how often its process has died of that."""
-        deaths = self._open_loads.get(actor_id, 0)
-        self._open_loads[actor_id] = deaths + 1
-        return deaths
+        deaths = _on_living_nodes(self._open_loads.get(actor_id, []))
+        self._open_loads[actor_id] = [*deaths, node_id]
+        return len(deaths)
 
     def end_loading(self, actor_id: str) -> None:
         """Called when an actor's model was loaded, or could not be."""
         self._open_loads.pop(actor_id, None)
 
-    def begin(self, shard_id: str) -> Literal["score", "careful", "refuse", "stop"]:
+    def begin(self, shard_id: str, node_id: str) -> Literal["score", "careful", "refuse", "stop"]:
         """Called before a shard is scored; tells how to do it."""
         if self._stopping:
             return "stop"
-        starts = self._open_starts.get(shard_id, 0)
-        if starts:
+        before = self._open_starts.get(shard_id, [])
+        if before:
             metrics.count("crossenc_shard_retries_total", run=self._run)
-        self._open_starts[shard_id] = starts + 1
+        deaths = _on_living_nodes(before)
+        self._open_starts[shard_id] = [*deaths, node_id]
         self._begun.add(shard_id)
-        if starts >= REFUSE_AFTER_STARTS:
+        if len(deaths) >= REFUSE_AFTER_STARTS:
             return "refuse"
-        return "careful" if starts >= CAREFUL_AFTER_STARTS else "score"
+        return "careful" if len(deaths) >= CAREFUL_AFTER_STARTS else "score"
 
     def end(self, shard_id: str) -> None:
         """Called when a shard was scored."""
@@ -353,3 +358,11 @@ class RunControl:
         """No shard is begun from now on; returns those that were."""
         self._stopping = True
         return self._begun
+
+
+def _on_living_nodes(starts: Sequence[str]) -> list[str]:
+    """Those of the starts, each told by its node, whose node is still there."""
+    if not starts:
+        return []
+    living = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    return [node_id for node_id in starts if node_id in living]

@@ -83,7 +83,7 @@ def runs(ray_cluster, tmp_path_factory):
     plans_made = [plans.load(locate(str(folder / name))) for name in ("bad", "two")]
     control = RunControl("control")
     for shard in ("a", "a", "a", "b"):
-        control.begin(shard)
+        control.begin(shard, ray.get_runtime_context().get_node_id())
     return SimpleNamespace(pairs=pairs, counts=counts, plans=plans_made, most_remaining=watch.most)
 
 
