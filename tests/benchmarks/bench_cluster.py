@@ -2,7 +2,7 @@
 
 A rerank job on a cluster of three nodes on this machine: a head without work and two workers with two scoring actors
 each, whose fake scorer takes a realistic time for a pair. Every so often a worker's processes are all killed and a new
-node is added; half-way the driver is killed and the job submitted again. Printed are whether the results equal, byte for
+node is added; half-way the driver is killed and the job submitted again. It prints whether the results equal, byte for
 byte, those of a run that nobody disturbed, how many shards were begun and scored more than once, and the time.
 """
 
