@@ -310,12 +310,12 @@ def _fit(run: TrainRun, cores: int, display: TrainProgress, should_stop: Callabl
         deadline = math.inf
         while fitting.is_alive() and time.monotonic() < deadline:
             fitting.join(_POLL_SECONDS)
-            _show_news(board, display, tag)
+            show_news(board, display, tag)
             if deadline == math.inf and should_stop():
                 display.say("stopping after the step in work …")
                 ray.get(board.stop.remote())
                 deadline = time.monotonic() + run.config.drain_seconds
-    ending = _show_news(board, display, tag)
+    ending = show_news(board, display, tag)
     if ending is not None:
         return ending
     if deadline < math.inf:
@@ -347,7 +347,7 @@ def _trainer(task: TrainTask, cpus: float, folder: str) -> TorchTrainer:
     )
 
 
-def _show_news(board: Any, display: TrainProgress, run: str) -> Ending | None:
+def show_news(board: Any, display: TrainProgress, run: str) -> Ending | None:
     """Shows what the workers said since the last time; returns how they ended, if they did."""
     news = ray.get(board.read.remote())
     for message in news.messages:
