@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from jobs import submit
 from pipelines import status
 from tests.pipelines.test_train import largest_difference, write_lists
 from tests.support.collections import make_collection, part_bytes, parts, read_results
-from tests.support.ray_head import ROOT, Head, ray_head
+from tests.support.ray_head import CROSSENC, ROOT, Head, ray_head
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -103,14 +104,7 @@ def test_a_rerank_is_submitted_followed_and_a_wrong_token_refused(head, data, tm
 @pytest.mark.faults
 def test_no_token_at_all_is_refused_with_what_to_set(head, data, tmp_path):
     env = {**os.environ, "RAY_ADDRESS": head.address, "HOME": str(tmp_path)}
-    command = [
-        sys.executable,
-        "-c",
-        "from jobs.cli import main; main()",
-        "submit",
-        "rerank",
-        rerank_job(data, tmp_path),
-    ]
+    command = [*CROSSENC, "submit", "rerank", rerank_job(data, tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "RAY_AUTH_MODE=token" in done.stderr
 
@@ -157,9 +151,7 @@ def test_who_follows_a_job_that_is_stopped_gets_75(head, data, tmp_path):
     candidates = make_collection(tmp_path / "in", num_queries=300).write("pairs")["candidates"]
     settings = {"candidates": candidates, "model": str(tmp_path / "model"), "output": str(tmp_path / "out")}
     job = write(tmp_path / "job.yaml", {**settings, "shard_candidates": 20})
-    command = [sys.executable, "-c", "from jobs.cli import main; main()", "submit", "rerank", job, "--follow"]
-    command += ["--env", f"PYTHONPATH={ROOT}"]
-    env = {**os.environ, **head.env}
+    command, env = [*CROSSENC, "submit", "rerank", job, "--follow"], {**os.environ, **head.env}
     with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as follower:
         wait_for(lambda: len(parts(tmp_path / "out")) >= 1)
         assert head.submit("rerank", job, "--stop").returncode == 0
@@ -236,16 +228,14 @@ def test_the_exit_code_is_the_drivers_own(head, data, tmp_path):
 def test_a_checkout_is_shipped_as_working_directory(head, data, tmp_path):
     """The job file lies in the shipped folder, and so does the code that runs."""
     checkout = tmp_path / "checkout"
-    checkout.mkdir()
     for name in ("crossenc", "pipelines", "jobs"):
-        (checkout / name).symlink_to(ROOT / name)
+        shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
+    with (checkout / "jobs" / "__init__.py").open("a") as file:
+        file.write("print('this is the shipped code', flush=True)\n")
     job = rerank_job(data, checkout, output=str(tmp_path / "out"))
-    env = {**os.environ, **head.env}
-    command = [sys.executable, "-c", "from jobs.cli import main; main()", "submit", "rerank", job, "--follow"]
-    done = subprocess.run(
-        [*command, "--working-dir", str(checkout)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=280
-    )
+    done = head.submit("rerank", job, "--follow", "--working-dir", str(checkout))
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "this is the shipped code" in done.stdout
     assert len(read_results(tmp_path / "out")) == 300
 
 

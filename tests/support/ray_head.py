@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 from tests.support.processes import DriverProcess, run_driver
 
 ROOT = Path(__file__).resolve().parents[2]
+CROSSENC = [sys.executable, "-c", "from jobs.cli import main; main()"]
 _PORTS = (
     "port",
     "dashboard-port",
@@ -37,14 +38,19 @@ class Head:
     env: dict[str, str]
     process: DriverProcess
 
-    def submit(self, *words: str, timeout_seconds: float = 280, **env: str) -> subprocess.CompletedProcess[str]:
-        """Runs `crossenc submit words`; its jobs run the code of this checkout."""
-        everything = {**os.environ, **self.env, **env}
-        command = [sys.executable, "-c", "from jobs.cli import main; main()", "submit", *words]
-        if "--stop" not in words:
-            command += ["--env", f"PYTHONPATH={ROOT}"]
+    def submit(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+        """Runs `crossenc submit words`."""
+        return self.run("submit", *words, **env)
+
+    def run(self, *words: str, timeout_seconds: float = 280, **env: str) -> subprocess.CompletedProcess[str]:
+        """Runs `crossenc words` as a client of this head."""
         return subprocess.run(
-            command, cwd=ROOT, env=everything, capture_output=True, text=True, timeout=timeout_seconds
+            [*CROSSENC, *words],
+            cwd=ROOT,
+            env={**os.environ, **self.env, **env},
+            capture_output=True,
+            text=True,
+            timeout=timeout_seconds,
         )
 
 
@@ -63,7 +69,8 @@ def ray_head(logs: Path, num_cpus: int = 4) -> Iterator[Head]:
         command += [f"--num-cpus={num_cpus}", f"--object-store-memory={150 << 20}"]
         command += [f"--{name}={port}" for name, port in ports.items()]
         auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
-        process = run_driver(command, {**os.environ, **auth}, ROOT, logs)
+        # The code of this checkout is what drivers and workers import.
+        process = run_driver(command, {**os.environ, **auth, "PYTHONPATH": str(ROOT)}, ROOT, logs)
         stack.callback(process.cleanup)
         address = f"http://127.0.0.1:{ports['dashboard-port']}"
         process.wait_until(lambda: _answers(f"{address}/api/jobs/", token), 120)
