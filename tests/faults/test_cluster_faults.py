@@ -152,7 +152,7 @@ def test_a_shard_is_not_blamed_for_nodes_that_are_taken_back_while_it_is_scored(
     assert read_quarantine(tmp_path / "out").empty
 
 
-def test_a_killed_driver_is_resubmitted_and_commits_the_rest(scene, nodes, starter, tmp_path):
+def test_a_killed_driver_is_resumed_on_the_same_cluster(scene, nodes, starter, tmp_path):
     job = scene.job(tmp_path)
     driver = begin(starter, nodes, job)
     driver.kill9()
