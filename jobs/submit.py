@@ -29,6 +29,7 @@ from pydantic import BaseModel
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.util.state import list_nodes
+from ray.util.state.exception import RayStateApiException
 from rich.console import Console
 
 from crossenc.errors import ConfigError, CrossEncError, RunConflictError
@@ -134,7 +135,8 @@ def _explained(address: str) -> Iterator[None]:
         ) from None
     except CrossEncError:
         raise
-    except (OSError, RuntimeError, ValueError, aiohttp.ClientError) as error:  # those of requests are OSErrors
+    except (OSError, RuntimeError, ValueError, aiohttp.ClientError, RayStateApiException) as error:
+        # Those of requests are OSErrors.
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise CrossEncError(f"the cluster at {address} did not do as asked: {redact(reason)[:300]}") from None
 

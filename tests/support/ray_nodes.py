@@ -110,7 +110,14 @@ def ray_nodes(logs: Path, num_workers: int = 2, num_cpus: int = 2, object_store_
         env = {**os.environ, **_HEALTH, "RAY_TMPDIR": folder, "RAY_AUTH_MODE": "disabled"}
         command = [sys.executable, "-m", "tests.support.ray_nodes", str(object_store_mb)]
         host = subprocess.Popen(
-            command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+            command,
+            cwd=ROOT,
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            start_new_session=True,
         )
         nodes = Nodes(host, env, 0, object_store_mb)
         try:
