@@ -35,6 +35,7 @@ bench: $(VENV)/.test ## benchmarks, each against its baseline in one run
 	$(BIN)/python -m tests.benchmarks.bench_inference
 	$(BIN)/python -m tests.benchmarks.bench_pipeline
 	$(BIN)/python -m tests.benchmarks.bench_training
+	$(BIN)/python -m tests.benchmarks.bench_cluster
 
 clean: ## remove the environment and what tools left
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build *.egg-info

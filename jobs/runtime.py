@@ -19,7 +19,7 @@ from typing import Any
 import ray
 
 from crossenc.errors import ConfigError, CrossEncError, InputError, RunConflictError
-from pipelines import execute
+from pipelines import execute, logs
 from pipelines.progress import visible
 from pipelines.storage import redact
 
@@ -96,6 +96,10 @@ def prepare() -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # workers begin, and end, seconds earlier
     # Ray prints, as an error, that Ray Data keeps its own actors' arguments in the object store; see ray #53727.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    wanted = os.environ.get(logs.VARIABLE, "") or "text"
+    if wanted not in ("text", "json"):
+        raise ConfigError(f"{logs.VARIABLE} is {wanted!r}; set it to text or json")
+    logs.begin(logs.Logs(is_json=wanted == "json"))
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("ray").setLevel(logging.ERROR)
 
@@ -170,15 +174,17 @@ def run(job: Callable[[StopSignal], int]) -> int:
             prepare()
             return job(stop)
     except (InputError, RunConflictError) as error:
-        return _report(error, BAD_INPUT)
+        return _report(str(error), BAD_INPUT)
     except CrossEncError as error:
-        return _report(error, FAILED)
+        return _report(str(error), FAILED)
     except (KeyboardInterrupt, SystemExit):  # the latter is Ray's answer to SIGTERM while it starts
-        sys.stderr.write("error: interrupted; run the same command again to resume\n")
-        return RESUMABLE
+        return _report("interrupted; run the same command again to resume", RESUMABLE)
 
 
-def _report(error: Exception, code: int) -> int:
-    lines = [visible(line) for line in redact(str(error)).splitlines()]
-    sys.stderr.write("error: " + "\n".join(lines) + "\n")
+def _report(message: str, code: int) -> int:
+    if logs.current().is_json:
+        logs.write(sys.stderr, {"event": "error", "level": "ERROR", "text": message, "exit_code": code})
+    else:
+        lines = [visible(line) for line in redact(message).splitlines()]
+        sys.stderr.write("error: " + "\n".join(lines) + "\n")
     return code

@@ -27,6 +27,8 @@ COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "crossenc_shards_remaining": ("Shards of the phase that have not come back yet, while its driver lives.", ("run",)),
+    "crossenc_training_step": ("Steps that a training run has taken, while its driver lives.", ("run",)),
+    "crossenc_training_loss": ("Loss of the last of these steps.", ("run",)),
 }
 
 
@@ -51,6 +53,14 @@ def remaining(run: str, num_shards: int) -> None:
     """Says how many shards are still to come. Said again and again: what is silent for seconds, Ray exports no more."""
     if ray.is_initialized():
         _metric("crossenc_shards_remaining").set(num_shards, {"run": run})
+
+
+def trained(run: str, step: int, loss: float | None) -> None:
+    """Says how far a training run is. Said again and again, as with `remaining`."""
+    if ray.is_initialized():
+        _metric("crossenc_training_step").set(step, {"run": run})
+        if loss is not None:
+            _metric("crossenc_training_loss").set(loss, {"run": run})
 
 
 def committed(run: str, record: ShardRecord, *, is_bucket: bool) -> None:

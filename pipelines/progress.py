@@ -4,7 +4,6 @@ It is told of every committed shard and knows nothing of storage, Ray or models.
 and the time left follows from the candidates that remain.
 """
 
-import json
 import threading
 import time
 from collections import deque
@@ -18,6 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from pipelines import logs
 from pipelines.records import ShardCounts, ShardRecord
 
 _WINDOW_SECONDS = 60.0
@@ -32,7 +32,10 @@ def visible(text: str) -> str:
 
 def announce(stream: TextIO, text: str) -> None:
     """One line of text for people, or, where `stream` is no terminal, as a JSON line."""
-    stream.write((visible(text) if stream.isatty() else json.dumps({"event": "message", "text": visible(text)})) + "\n")
+    if not logs.is_display(stream):
+        logs.write(stream, {"event": "message", "text": visible(text)})
+        return
+    stream.write(visible(text) + "\n")
     stream.flush()
 
 
@@ -73,7 +76,7 @@ class Progress:
 
     def __enter__(self) -> Self:
         self._history = deque([self._totals()])
-        if self._stream.isatty():
+        if logs.is_display(self._stream):
             console = Console(file=self._stream)
             self._live = Live(get_renderable=self._render, console=console, refresh_per_second=2)
             self._live.start()
@@ -150,8 +153,7 @@ class Progress:
 
     def _write_line(self, event: dict[str, int | float | str | None]) -> None:
         with self._lock:
-            self._stream.write(json.dumps(event) + "\n")
-            self._stream.flush()
+            logs.write(self._stream, event)
 
     def _render(self) -> Group:
         now = self.snapshot()

@@ -12,7 +12,7 @@ from typing import Any, Literal, TextIO
 import pyarrow.parquet as pq
 
 from crossenc.errors import CrossEncError, RunConflictError
-from pipelines import agreement, execute, finish, lease, ledger, metrics, weights
+from pipelines import agreement, execute, finish, lease, ledger, logs, metrics, weights
 from pipelines import plan as plans
 from pipelines.commit import RESULTS_FOLDER, SCORED_FOLDER, CommitSettings
 from pipelines.config import RerankConfig
@@ -223,6 +223,7 @@ class _Run:
     def execute(self, plan: Plan, epoch: int) -> Outcome:
         """Scores what is not committed yet, ranks buckets where there are any, and finishes the run."""
         config, output = self._job.config, self._job.output
+        logs.bind(metrics.run_tag(plan.fingerprint), config.storage_options)
         journal = ledger.Journal(output, epoch)
         try:
             shard_records = self._phase(
@@ -363,6 +364,7 @@ class _Run:
                 commit=_commit_settings(job, plan, weight),
                 inputs=plan.inputs,
                 threads=threads,
+                logs=logs.current(),
             ), cpus_per_actor
 
         return build

@@ -4,6 +4,7 @@ A stage never raises for what a shard contains: problems travel on as rows, so t
 lost processes. The work itself is in prepare, isolation and commit, which know nothing of Ray.
 """
 
+import logging
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -25,6 +26,8 @@ from crossenc.records import TokenizedPairs
 from pipelines import metrics
 from pipelines.commit import CommitSettings, commit_bucket, commit_shard
 from pipelines.isolation import Outcome, is_broken, score_halving, score_isolated
+from pipelines.logs import NAMED_REFUSALS, Logs, note
+from pipelines.logs import begin as begin_logs
 from pipelines.merge import read_bucket
 from pipelines.model import Model, Scorer
 from pipelines.plan import InputFile, Shard
@@ -33,6 +36,7 @@ from pipelines.records import ShardRecord, StageSeconds
 from pipelines.schemas import from_ipc, to_ipc
 from pipelines.storage import redact
 
+logger = logging.getLogger(__name__)
 RECORD = TypeAdapter(ShardRecord)
 #: Starts of a shard that did not end before its scoring is moved to a child process, and before it is given up.
 CAREFUL_AFTER_STARTS = 2
@@ -66,6 +70,7 @@ class RunContext:
     commit: CommitSettings
     inputs: tuple[InputFile, ...]
     threads: int
+    logs: Logs
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +86,7 @@ class Result:
 @lru_cache(maxsize=2)
 def _context(ref_hex: str, holder: "ContextRef") -> RunContext:
     context: RunContext = ray.get(holder.ref)
+    begin_logs(context.logs)
     return context
 
 
@@ -136,7 +142,9 @@ class _Read:
                 prepared = prepare(self.item, context.inputs[self.item.file], context.read, tokenizer)
                 rows, read, tokenise = prepared.rows, prepared.read_seconds, prepared.tokenise_seconds
         except (CrossEncError, OSError) as error:
-            return [_failure(shard_id, error)]
+            return [_failure(shard_id, "read", error)]
+        seconds = round(read + tokenise, 3)
+        note(logger, "read", stage="read", shard=shard_id, num_candidates=rows.num_rows, seconds=seconds)
         return [_row(shard_id, "rows", payload=to_ipc(rows), read_seconds=read, tokenise_seconds=tokenise)]
 
 
@@ -152,8 +160,10 @@ def _row(shard_id: str, kind: Kind, **values: Any) -> pa.Table:
     return pa.table([pa.array([row[field.name]], field.type) for field in _ROW_SCHEMA], schema=_ROW_SCHEMA)
 
 
-def _failure(shard_id: str, error: BaseException) -> pa.Table:
-    return _row(shard_id, "failure", message=failure_message(error))
+def _failure(shard_id: str, stage: str, error: BaseException) -> pa.Table:
+    message = failure_message(error)
+    note(logger, message.partition("\n")[2], logging.ERROR, stage=stage, shard=shard_id)
+    return _row(shard_id, "failure", message=message)
 
 
 def failure_message(error: BaseException) -> str:
@@ -172,8 +182,9 @@ class ScoreShards:
         self._control = control
         self._failure: CrossEncError | None = None
         self._scorer: Scorer | None = None
-        actor_id = ray.get_runtime_context().get_actor_id()
-        deaths = ray.get(control.begin_loading.remote(actor_id))
+        here = ray.get_runtime_context()
+        actor_id, self._node_id = here.get_actor_id(), here.get_node_id()
+        deaths = ray.get(control.begin_loading.remote(actor_id, self._node_id))
         try:
             if deaths >= GIVE_UP_LOADING_AFTER_DEATHS:
                 raise ScoreError(
@@ -195,8 +206,8 @@ class ScoreShards:
             return batch
         if self._scorer is None:
             assert self._failure is not None
-            return _failure(shard_id, self._failure)
-        verdict = ray.get(self._control.begin.remote(shard_id))
+            return _failure(shard_id, "score", self._failure)
+        verdict = ray.get(self._control.begin.remote(shard_id, self._node_id))
         if verdict == "stop":
             return _row(shard_id, "skipped")
         started = time.perf_counter()
@@ -204,9 +215,12 @@ class ScoreShards:
         try:
             outcome, num_padded_tokens = self._score(rows, verdict)
         except CrossEncError as error:
-            return _failure(shard_id, error)
+            return _failure(shard_id, "score", error)
         finally:
             self._control.end.remote(shard_id)
+        seconds = round(time.perf_counter() - started, 3)
+        how = {} if verdict == "score" else {"reason": verdict}
+        note(logger, "scored", stage="score", shard=shard_id, num_pairs=len(outcome.scores), seconds=seconds, **how)
         times = {name: batch[name][0].as_py() for name in ("read_seconds", "tokenise_seconds")}
         payload = to_ipc(_with_scores(rows, outcome))
         return _row(
@@ -286,7 +300,7 @@ class Commit:
             try:
                 row |= {"message": RECORD.dump_json(self._commit(row, batch)).decode()}
             except (CrossEncError, OSError) as error:
-                row = _failure(row["shard_id"], error).drop_columns(["payload"]).to_pylist()[0]
+                row = _failure(row["shard_id"], "write", error).drop_columns(["payload"]).to_pylist()[0]
         return pa.table({name: [row[name]] for name in ("shard_id", "kind", "message")})
 
     def _commit(self, row: dict[str, Any], batch: pa.Table) -> ShardRecord:
@@ -294,8 +308,23 @@ class Commit:
         rows = from_ipc(batch["payload"][0].as_buffer())
         seconds = StageSeconds(read=row["read_seconds"], tokenise=row["tokenise_seconds"], score=row["score_seconds"])
         if self.is_bucket:
-            return commit_bucket(row["shard_id"], rows, seconds, settings)
-        return commit_shard(row["shard_id"], rows, row["num_padded_tokens"], seconds, settings)
+            record = commit_bucket(row["shard_id"], rows, seconds, settings)
+        else:
+            record = commit_shard(row["shard_id"], rows, row["num_padded_tokens"], seconds, settings)
+            _note_refusals(row["shard_id"], rows)
+        counts = {"num_candidates": record.counts.num_candidates, "num_scored": record.counts.num_scored}
+        note(logger, "committed", stage="write", shard=row["shard_id"], refused=dict(record.counts.refused), **counts)
+        return record
+
+
+def _note_refusals(shard_id: str, rows: pa.Table) -> None:
+    """Names the first of a shard's refused candidates."""
+    if not logger.isEnabledFor(logging.INFO):
+        return
+    refused = rows.filter(pc.is_valid(rows.column("reason"))).slice(0, NAMED_REFUSALS)
+    for row in refused.select(["query_id", "doc_id", "reason", "detail"]).to_pylist():
+        ids = {"query": row["query_id"], "document": row["doc_id"], "reason": row["reason"]}
+        note(logger, row["detail"] or "refused", stage="score", shard=shard_id, **ids)
 
 
 def parse_result(row: dict[str, str]) -> Result:
@@ -313,37 +342,41 @@ def raise_failure(message: str) -> None:
 
 
 class RunControl:
-    """An actor that counts starts without an end, outside the processes that may die of them, and passes on stops."""
+    """An actor that counts starts without an end, outside the processes that may die of them, and passes on stops.
+
+    A start whose node is gone says nothing about the shard or the model: spot nodes are taken back. It does not count.
+    """
 
     def __init__(self, run: str) -> None:
         self._run = run
-        self._open_loads: dict[str, int] = {}
-        self._open_starts: dict[str, int] = {}
+        self._open_loads: dict[str, list[str]] = {}
+        self._open_starts: dict[str, list[str]] = {}
         self._begun: set[str] = set()
         self._stopping = False
 
-    def begin_loading(self, actor_id: str) -> int:
+    def begin_loading(self, actor_id: str, node_id: str) -> int:
         """Called before an actor loads its model; tells how often its process has died of that."""
-        deaths = self._open_loads.get(actor_id, 0)
-        self._open_loads[actor_id] = deaths + 1
-        return deaths
+        deaths = _on_living_nodes(self._open_loads.get(actor_id, []))
+        self._open_loads[actor_id] = [*deaths, node_id]
+        return len(deaths)
 
     def end_loading(self, actor_id: str) -> None:
         """Called when an actor's model was loaded, or could not be."""
         self._open_loads.pop(actor_id, None)
 
-    def begin(self, shard_id: str) -> Literal["score", "careful", "refuse", "stop"]:
+    def begin(self, shard_id: str, node_id: str) -> Literal["score", "careful", "refuse", "stop"]:
         """Called before a shard is scored; tells how to do it."""
         if self._stopping:
             return "stop"
-        starts = self._open_starts.get(shard_id, 0)
-        if starts:
+        before = self._open_starts.get(shard_id, [])
+        if before:
             metrics.count("crossenc_shard_retries_total", run=self._run)
-        self._open_starts[shard_id] = starts + 1
+        deaths = _on_living_nodes(before)
+        self._open_starts[shard_id] = [*deaths, node_id]
         self._begun.add(shard_id)
-        if starts >= REFUSE_AFTER_STARTS:
+        if len(deaths) >= REFUSE_AFTER_STARTS:
             return "refuse"
-        return "careful" if starts >= CAREFUL_AFTER_STARTS else "score"
+        return "careful" if len(deaths) >= CAREFUL_AFTER_STARTS else "score"
 
     def end(self, shard_id: str) -> None:
         """Called when a shard was scored."""
@@ -353,3 +386,11 @@ class RunControl:
         """No shard is begun from now on; returns those that were."""
         self._stopping = True
         return self._begun
+
+
+def _on_living_nodes(starts: Sequence[str]) -> list[str]:
+    """Those of the starts, each told by its node, whose node is still there."""
+    if not starts:
+        return []
+    living = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    return [node_id for node_id in starts if node_id in living]

@@ -26,7 +26,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from crossenc.errors import CrossEncError, RunConflictError, StorageError
 from crossenc.losses import Objective, objective, objective_problems
 from crossenc.losses.objective import check_num_labels
-from pipelines import checkpoints, lease, train_board, train_finish
+from pipelines import checkpoints, lease, logs, metrics, train_board, train_finish
 from pipelines import plan as plans
 from pipelines.checkpoints import CHECKPOINT_FOLDER, TRAIN_STATE_FILE
 from pipelines.finish import MANIFEST_FILE, REPORT_FILE, SUCCESS_FILE
@@ -280,6 +280,7 @@ def _prepared(job: TrainJob, started: float, display: TrainProgress, should_stop
         display.say(f"warning: {problem}")
     digests = {**job.parts, "train data": train.digest, "validation data": validation.digest if validation else ""}
     fingerprint = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+    logs.bind(metrics.run_tag(fingerprint), config.storage_options)
     return TrainRun(
         config=job.config,
         output=job.output,
@@ -299,7 +300,7 @@ def _fit(run: TrainRun, cores: int, display: TrainProgress, should_stop: Callabl
     newest = checkpoints.read_all(run.output, run.fingerprint)
     if newest and newest[-1].is_last:
         return Ending("done")
-    board = train_board.start()
+    board, tag = train_board.start(), metrics.run_tag(run.fingerprint)
     cpus, threads = worker_cpus(run.config, cores)
     task = TrainTask(
         config=run.config,
@@ -310,6 +311,7 @@ def _fit(run: TrainRun, cores: int, display: TrainProgress, should_stop: Callabl
         validation=run.validation,
         threads=threads,
         board=board,
+        logs=logs.current(),
     )
     failure: list[BaseException] = []
 
@@ -327,12 +329,12 @@ def _fit(run: TrainRun, cores: int, display: TrainProgress, should_stop: Callabl
         deadline = math.inf
         while fitting.is_alive() and time.monotonic() < deadline:
             fitting.join(_POLL_SECONDS)
-            _show_news(board, display)
+            show_news(board, display, tag)
             if deadline == math.inf and should_stop():
                 display.say("stopping after the step in work …")
                 ray.get(board.stop.remote())
                 deadline = time.monotonic() + run.config.drain_seconds
-    ending = _show_news(board, display)
+    ending = show_news(board, display, tag)
     if ending is not None:
         return ending
     if deadline < math.inf:
@@ -364,7 +366,7 @@ def _trainer(task: TrainTask, cpus: float, folder: str) -> TorchTrainer:
     )
 
 
-def _show_news(board: Any, display: TrainProgress) -> Ending | None:
+def show_news(board: Any, display: TrainProgress, run: str) -> Ending | None:
     """Shows what the workers said since the last time; returns how they ended, if they did."""
     news = ray.get(board.read.remote())
     for message in news.messages:
@@ -373,6 +375,7 @@ def _show_news(board: Any, display: TrainProgress) -> Ending | None:
         display.validated(point)
     if news.figures.num_steps:
         display.trained(news.figures)
+        metrics.trained(run, news.figures.step, news.figures.loss)
     ending: Ending | None = news.ending
     return ending
 

@@ -3,7 +3,6 @@
 It is told of figures and validations, and knows nothing of storage, Ray or models.
 """
 
-import json
 import math
 import time
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from crossenc.evaluation.metrics import display_name
+from pipelines import logs
 from pipelines.checkpoints import LogPoint
 from pipelines.progress import announce, visible
 from pipelines.train_board import Figures
@@ -34,7 +34,7 @@ class TrainProgress:
         self._written = -math.inf
 
     def __enter__(self) -> Self:
-        if self._stream.isatty():
+        if logs.is_display(self._stream):
             columns = (
                 TextColumn("{task.fields[phase]}"),
                 BarColumn(),
@@ -74,7 +74,7 @@ class TrainProgress:
         """Shows a row of the table of validations."""
         shown = {display_name(name).replace("_", " "): value for name, value in _measures(point).items()}
         values = " · ".join(f"{name} {value:.4f}" for name, value in shown.items())
-        if self._stream.isatty():
+        if logs.is_display(self._stream):
             self.say(f"epoch {point.epoch:.2f} · step {point.step:,} · {values}")
         else:
             self._write({"event": "validation", "epoch": point.epoch, "step": point.step, **_measures(point)})
@@ -116,8 +116,7 @@ class TrainProgress:
             self._write({"event": "progress", **self.snapshot()})
 
     def _write(self, event: Mapping[str, Any]) -> None:
-        self._stream.write(json.dumps(event) + "\n")
-        self._stream.flush()
+        logs.write(self._stream, event)
 
 
 def _measures(point: LogPoint) -> dict[str, float]:

@@ -6,6 +6,7 @@ checkpoints and tells the board. Ray Train starts the workers, and all of them a
 
 import contextlib
 import json
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -36,6 +37,8 @@ from crossenc.losses import Objective, objective
 from crossenc.precision import resolve_dtype
 from pipelines import checkpoints
 from pipelines.checkpoints import Checkpoint, CheckpointWriter, LogPoint
+from pipelines.logs import Logs, note
+from pipelines.logs import begin as begin_logs
 from pipelines.model import CheckpointModel
 from pipelines.storage import Location, put
 from pipelines.train_batches import Batch, Lists, read_ahead
@@ -44,6 +47,7 @@ from pipelines.train_config import TrainConfig
 from pipelines.train_data import PreparedData, read_lists
 from pipelines.train_model import build
 
+logger = logging.getLogger(__name__)
 #: Tokens in a forward pass, unless the job says otherwise.
 _CPU_TOKENS, _CUDA_TOKENS = 8_192, 65_536
 #: Lists validated at a time.
@@ -65,6 +69,7 @@ class TrainTask:
     validation: PreparedData | None
     threads: int
     board: Any
+    logs: Logs
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -72,12 +77,16 @@ def train_worker(settings: dict[str, Any]) -> None:
     task: TrainTask = settings["task"]
     if ray.get(task.board.ending.remote()) is not None:  # an error that starting again does not cure
         return
+    begin_logs(task.logs)
     torch.set_num_threads(task.threads)
+    rank = ray.train.get_context().get_world_rank()
+    note(logger, "begun", stage="train", worker=rank)
     try:
         with contextlib.closing(_Worker(task)) as worker:
             worker.run()
         barrier()  # the first one's last checkpoint is stored before any of them leaves
     except CrossEncError as error:
+        note(logger, str(error), logging.ERROR, stage="train", worker=rank)
         ray.get(task.board.end.remote(Ending("failed", str(error))))
         raise
     except torch.OutOfMemoryError:

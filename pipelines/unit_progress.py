@@ -3,7 +3,6 @@
 It is told of every unit that is done and knows nothing of storage or of what is made.
 """
 
-import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any, Protocol, Self, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pipelines import logs
 from pipelines.progress import announce, visible
 
 
@@ -45,7 +45,7 @@ class UnitProgress:
             self._add(counts)
         self._num_before = self._num_candidates_done
         self._started = time.monotonic()
-        if self._stream.isatty():
+        if logs.is_display(self._stream):
             self._bar = Progress(
                 BarColumn(),
                 MofNCompleteColumn(),
@@ -106,5 +106,4 @@ class UnitProgress:
 
     def _write(self, event: Mapping[str, Any]) -> None:
         self._written = time.monotonic()
-        self._stream.write(json.dumps(event) + "\n")
-        self._stream.flush()
+        logs.write(self._stream, event)

@@ -71,7 +71,8 @@ def _begin(context: Any) -> None:
     """Makes a process ready: it leaves signals to its parent, and ends when that one is gone."""
     global _context
     _context = context
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ray sends a job that it stops, and all below it, the latter
+        signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None, "a worker has a parent"
 

@@ -68,6 +68,7 @@ def run_here(command: str, folder: Path) -> subprocess.CompletedProcess:
 @pytest.mark.timeout(900)
 def test_the_commands_of_the_job_run_in_the_order_of_the_readme(workplace):
     wanted = commands("crossenc ") + commands("python -m jobs.rerank")
+    wanted = [command for command in wanted if not command.startswith("crossenc submit")]  # see tests/infra
     assert len(wanted) == 13
     for command in wanted:
         done = run_here(command, workplace) if command.split()[1] in IN_PROCESS else run(command, workplace)

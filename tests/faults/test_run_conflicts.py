@@ -5,6 +5,7 @@ Drivers that work are processes with a Ray of their own; a run that is refused b
 
 import contextlib
 import io
+import json
 import os
 import shutil
 import signal
@@ -16,9 +17,12 @@ import pytest
 from jobs import config as job_config
 from jobs import rerank as rerank_job
 from jobs import runtime
+from pipelines import plan as plans
 from pipelines import status, storage
 from pipelines.config import RerankConfig
+from pipelines.metrics import run_tag
 from pipelines.rerank import rerank
+from pipelines.storage import locate
 from tests.support.collections import Collection, make_collection, part_bytes, parts, visible_files, write_job
 from tests.support.models import StumblingModel
 from tests.support.rerank_driver import Drivers, drivers
@@ -190,14 +194,24 @@ def leaks(*places: Path) -> list[str]:
     return [str(file) for file in files if any(word in file.read_bytes() for word in words)]
 
 
-def test_secrets_of_job_and_environment_are_in_nothing_that_a_run_writes(settings, starter, tmp_path):
+def test_secrets_of_job_and_environment_are_in_nothing_that_a_run_writes_nor_in_json_logs(settings, starter, tmp_path):
     options = {"key": "AKIAIOSFODNN7EXAMPLE", "secret": OPTION_SECRET}
     job = make_job(tmp_path, settings, storage_options=options)
-    driver = starter.start(job, **SECRETS)
+    driver = starter.start(job, CROSSENC_LOG_FORMAT="json", **SECRETS)
     assert driver.wait(200) == 0, driver.tail()
-    logs = list(starter.ray_folder.rglob("*.log"))
+    logs = [file for kind in ("*.log", "*.err", "*.out") for file in starter.ray_folder.rglob(kind)]
     assert logs
     assert leaks(tmp_path / "out", driver.stdout_path, driver.stderr_path, *logs) == []
+
+    run = run_tag(plans.load(locate(str(tmp_path / "out"))).fingerprint)
+    told = [json.loads(line) for line in driver.stderr_path.read_text().splitlines()]
+    assert {event["event"] for event in told} == {"progress"}
+    assert all(event["run"] == run and event["time"] for event in told)
+    lines = [line for log in logs if log.suffix == ".err" for line in log.read_text().splitlines()]
+    worked = [json.loads(line) for line in lines if line.startswith("{")]
+    for stage in ("read", "score", "write"):
+        assert len({event["shard"] for event in worked if event["stage"] == stage}) == NUM_SHARDS, stage
+    assert all((event["run"], event["level"]) == (run, "INFO") for event in worked)
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,19 @@ from pipelines.plan import default_shard_candidates
 from tests.infra.manifests import INFRA, ROOT
 from tests.pipelines.test_rerank import run as rerank
 from tests.support.collections import make_collection
+from tests.support.ray_head import ray_head
 
 README = (INFRA / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
-KINDS = ("docker", "helm", "aws", "kubectl", "crossenc")
+#: Commands for a cluster that is there already, in this README and in that of the project.
+SUBMITTING = [
+    line
+    for text in (README, (ROOT / "README.md").read_text())
+    for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    if "crossenc submit" in block
+    for line in block.splitlines()
+]
+KINDS = ("docker", "helm", "aws", "kubectl", "ray", "export", "crossenc")
 
 
 def table(heading):
@@ -123,7 +132,10 @@ def credentials(env):
     }
 
 
-@pytest.mark.parametrize("command", sorted({command for command in COMMANDS if command.startswith("crossenc")}))
+ALONE = {command for command in COMMANDS if command.startswith("crossenc")} - {*SUBMITTING}
+
+
+@pytest.mark.parametrize("command", sorted(ALONE))
 def test_a_command_of_crossenc_runs_as_it_stands(search, s3_env, monkeypatch, tmp_path, command):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("CROSSENC_CACHE", str(tmp_path))
@@ -141,6 +153,31 @@ def test_a_command_of_crossenc_runs_as_it_stands(search, s3_env, monkeypatch, tm
             search.put_object(Bucket="search", Key=key, Body=body)
     else:
         assert "finished" in done.output
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(900)
+def test_the_commands_for_a_cluster_that_is_there_already_run_as_they_stand(moto, s3_env, tmp_path):
+    pytest.importorskip("aiohttp_cors", reason="needs ray[default], whose dashboard takes jobs")
+    job = INFRA / "kuberay" / "overlays" / "cpu-dev" / "rerank" / "rerank.yaml"
+    tiny_checkpoint(tmp_path / "model", max_length=512)
+    make_collection(tmp_path / "in", num_queries=5).pairs.to_parquet(tmp_path / "candidates.parquet", index=False)
+    client = boto3.client("s3", endpoint_url=moto.env["AWS_ENDPOINT_URL"], **credentials(moto.env))
+    for bucket in ("search", "search-dev"):
+        client.create_bucket(Bucket=bucket)
+    client.upload_file(str(job), "search", "jobs/rerank.yaml")
+    client.upload_file(str(tmp_path / "candidates.parquet"), "search-dev", "candidates/candidates.parquet")
+    for path in (tmp_path / "model").iterdir():
+        client.upload_file(str(path), "search-dev", f"models/reranker/{path.name}")
+    told = []
+    with ray_head(tmp_path / "head") as head:
+        for command in SUBMITTING:
+            if command.startswith("crossenc"):
+                done = head.run(*shlex.split(command)[1:])
+                assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+                told.append(done.stdout)
+    for text in ("done; see s3://search-dev/reranked", "nothing to stop", "finished", "nothing to do"):
+        assert any(text in one for one in told), text
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("kubectl kustomize")])

@@ -1,5 +1,6 @@
 """What Prometheus sees of a run: read from the endpoint of a Ray node while its driver is there."""
 
+import io
 import re
 import threading
 import time
@@ -10,10 +11,13 @@ from types import SimpleNamespace
 import pytest
 import ray
 
-from pipelines import metrics
+from pipelines import metrics, train_board
 from pipelines import plan as plans
 from pipelines.stages import RunControl
 from pipelines.storage import locate
+from pipelines.train import show_news
+from pipelines.train_board import Figures
+from pipelines.train_progress import TrainProgress
 from tests.pipelines.test_rerank import run
 from tests.support.collections import Collection, make_collection
 from tests.support.models import NAN, StumblingModel
@@ -83,7 +87,7 @@ def runs(ray_cluster, tmp_path_factory):
     plans_made = [plans.load(locate(str(folder / name))) for name in ("bad", "two")]
     control = RunControl("control")
     for shard in ("a", "a", "a", "b"):
-        control.begin(shard)
+        control.begin(shard, ray.get_runtime_context().get_node_id())
     return SimpleNamespace(pairs=pairs, counts=counts, plans=plans_made, most_remaining=watch.most)
 
 
@@ -118,7 +122,28 @@ def test_a_shard_begun_again_is_counted_as_a_retry(runs):
     assert wait_for("control", wanted) == wanted
 
 
+def test_prometheus_reads_how_far_a_training_is_and_its_loss(ray_cluster):
+    pytest.importorskip("prometheus_client", reason="needs ray[default], whose agents export metrics")
+    board, display, over = train_board.start(), TrainProgress(io.StringIO()), threading.Event()
+    ray.get(board.post.remote(Figures(step=7, num_steps=9, loss=0.25)))
+
+    def drive() -> None:  # as the driver does, again and again
+        while not over.wait(0.5):
+            show_news(board, display, "training")
+
+    driver = threading.Thread(target=drive, daemon=True)
+    driver.start()
+    wanted = {("crossenc_training_step", ""): 7, ("crossenc_training_loss", ""): 0.25}
+    try:
+        assert wait_for("training", wanted) == wanted
+    finally:
+        over.set()
+        driver.join()
+
+
 def test_every_metric_has_been_read_here_but_that_of_devices(runs):
+    metrics.trained("again", 1, 0.5)
+    wait_for("again", {("crossenc_training_step", ""): 1})
     names = {name for name, _ in scrape(None)}
     assert {*metrics.COUNTERS} - names <= {"crossenc_out_of_memory_total"}
     assert names <= {*metrics.COUNTERS, *metrics.GAUGES}

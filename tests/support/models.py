@@ -1,5 +1,6 @@
 """Models that misbehave on purpose: over documents that hold a marker word, or when they are loaded."""
 
+import hashlib
 import os
 import signal
 from collections.abc import Mapping
@@ -22,10 +23,12 @@ NAN, RAISE, KILL, EXIT, QUIT = "markernan", "markerraise", "markerkill", "marker
 class StumblingModel(FakeModel):
     """A FakeModel that gives NaN, raises, is killed or exits (with 3, or with 0) on documents with a marker word.
 
-    With `on_load` its scorer cannot be loaded at all.
+    With `on_load` its scorer cannot be loaded at all. Its scorers write a line to the file `score_log` when they begin
+    and when they end: which, and a digest of the pairs.
     """
 
     on_load: Literal["", "raise", "kill"] = ""
+    score_log: str = ""
 
     def digests(self) -> Mapping[str, str]:
         return {"stumbling": f"max_length {self.max_length}"}
@@ -35,7 +38,7 @@ class StumblingModel(FakeModel):
             raise RuntimeError("this model cannot be loaded")
         if self.on_load == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        return StumblingScorer(self.seconds_per_pair, marker_ids(self.load_tokenizer()))
+        return StumblingScorer(self.seconds_per_pair, marker_ids(self.load_tokenizer()), self.score_log)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,7 @@ class ImpatientModel(StumblingModel):
 class StumblingScorer:
     seconds_per_pair: float
     markers: Mapping[str, int]
+    score_log: str = ""
     max_batch_tokens: int = 4096
     is_packed: bool = False
 
@@ -68,9 +72,17 @@ class StumblingScorer:
             os._exit(0)
         if RAISE in found:
             raise RuntimeError("this document cannot be scored")
+        self._note("begin", pairs)
         scores = FakeScorer(self.seconds_per_pair).score(pairs)
+        self._note("end", pairs)
         bad = np.add.reduceat(pairs.input_ids == self.markers[NAN], pairs.offsets[:-1]) > 0
         return np.where(bad, np.float32(np.nan), scores)
+
+    def _note(self, what: str, pairs: TokenizedPairs) -> None:
+        if self.score_log:
+            digest = hashlib.sha256(pairs.input_ids.tobytes()).hexdigest()[:16]
+            with open(self.score_log, "a") as file:
+                file.write(f"{what} {digest}\n")
 
 
 def marker_ids(tokenizer: FakeTokenizer) -> dict[str, int]:

@@ -2,9 +2,10 @@
 
     python -m tests.support.rerank_driver job.yaml [--seconds-per-pair 0.01] [--set a=b ...] [--new-run]
         [--constant pipelines.lease.TAKEOVER_SECONDS=3 ...] [--on-load raise|kill]
-        [--retry-seconds 2] [--die before|after PATTERN] [--worker-dies before|publish MARK]
+        [--retry-seconds 2] [--score-log FILE] [--die before|after PATTERN] [--worker-dies before|publish MARK]
 
 --retry-seconds: how long storage is retried, in all processes of the run.
+--score-log: scorers note there when they begin and end a shard.
 --die: the driver is killed before or after it stores the first file whose name matches.
 --worker-dies: one committing process is killed, "before" the part (its side files are stored), or when the part is
 written aside and not yet "publish"ed. MARK is a file that it creates, so that only one process dies.
@@ -136,10 +137,11 @@ def main() -> int:
     parser.add_argument("--constant", dest="constants", action="append", default=[])
     parser.add_argument("--on-load", choices=["raise", "kill"], default="")
     parser.add_argument("--retry-seconds", type=float)
+    parser.add_argument("--score-log", default="")
     parser.add_argument("--die", nargs=2, metavar=("WHEN", "PATTERN"))
     parser.add_argument("--worker-dies", nargs=2, metavar=("WHEN", "MARK"))
     given = parser.parse_args()
-    model = StumblingModel(seconds_per_pair=given.seconds_per_pair, on_load=given.on_load)
+    model = StumblingModel(given.seconds_per_pair, on_load=given.on_load, score_log=given.score_log)
     if given.retry_seconds is not None:
         model = ImpatientModel(given.seconds_per_pair, on_load=given.on_load, retry_seconds=given.retry_seconds)
     for constant in given.constants:
