@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 
 import fsspec
 import pyarrow as pa
+from filelock import FileLock
 from fsspec.spec import AbstractFileSystem
 
 from crossenc.errors import ConfigError, InputError, StorageError
@@ -487,6 +488,55 @@ def _try_create(location: Location, data: bytes) -> Exception | None:
             raise
         return error
     return None
+
+
+def put_if(location: Location, data: bytes, expected: bytes | None) -> bytes:
+    """Replaces the content `expected`, None for no file, with `data`; returns what is stored there afterwards.
+
+    As with `put_new` the stored content decides, whatever the store answers: equal to `data` means that it is as
+    wanted, anything else is the work of another writer. One winner among concurrent writers on local disks, and in
+    S3 stores that know If-Match; in others, two that look at the same moment can both write, and the last one stays.
+    """
+    if expected is None:
+        return put_new(location, data)
+    deadline = time.monotonic() + RETRY_SECONDS
+    pause = 0.1
+    while True:
+        failure = _try_replace(location, data, expected)
+        found = read_bytes(location)
+        if found != expected or found == data:
+            return found
+        failure = failure or ConnectionError("the store refuses it, though nobody else has changed it")
+        if not _is_transient(failure) or time.monotonic() + pause > deadline:
+            raise _storage_error(failure, location, "write") from None
+        time.sleep(random.uniform(pause / 2, pause))
+        pause = min(pause * 2, 5.0)
+
+
+def _try_replace(location: Location, data: bytes, expected: bytes) -> Exception | None:
+    if location.scheme == "file":
+        _local(location, lambda path: _replace_locked(path, data, expected))
+        return None
+    state = info(location)  # before the content: where that is the expected one, it is of this version or a newer one
+    if state is None or read_bytes(location) != expected:
+        return None
+    condition = {"IfMatch": f'"{state.version}"'} if location.scheme == "s3" else {}
+    try:
+        _filesystem(location).pipe_file(location.path, data, **_put_options(location), **condition)
+    except Exception as error:
+        if _http_status(error) == 501:  # the store has no such PUT
+            put(location, data)
+            return None
+        if not _is_of_store(error):
+            raise
+        return None if _http_status(error) == 412 else error
+    return None
+
+
+def _replace_locked(path: Path, data: bytes, expected: bytes) -> None:
+    with FileLock(path.with_name(f".{path.name}.lock"), timeout=RETRY_SECONDS):
+        if path.exists() and path.read_bytes() == expected:
+            _write_aside(path, data, os.replace)
 
 
 def _local(location: Location, write: Callable[[Path], None]) -> None:
