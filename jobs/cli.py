@@ -2,7 +2,7 @@
 
 import typer
 
-from jobs import distill, evaluate, export, mine, rerank, status, train
+from jobs import distill, evaluate, export, mine, registry, rerank, status, train
 
 app = typer.Typer(
     name="crossenc",
@@ -17,6 +17,9 @@ app.command("export")(export.command)
 app.command("mine")(mine.command)
 app.command("distill")(distill.command)
 app.command("status")(status.command)
+app.command("models")(registry.models_command)
+app.command("promote")(registry.promote_command)
+app.command("rollback")(registry.rollback_command)
 
 
 def main() -> None:

@@ -1,5 +1,9 @@
-"""Job files: YAML and `--set a.b=c` into a checked configuration, with errors that name the key and the remedy."""
+"""Job files: YAML and `--set a.b=c` into a checked configuration, with errors that name the key and the remedy.
 
+Where neither says where the model registry is, the environment may.
+"""
+
+import os
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,6 +18,8 @@ from pipelines.storage import FileInfo, info, locate, read_bytes, redact_options
 
 Config = TypeVar("Config", bound=BaseModel)
 _MAX_BYTES = 1_000_000
+#: The registry of jobs that name none, and of the commands on it.
+REGISTRY_VARIABLE = "CROSSENC_REGISTRY"
 
 
 def load(kind: type[Config], source: str, overrides: Sequence[str] = ()) -> Config:
@@ -24,6 +30,8 @@ def load(kind: type[Config], source: str, overrides: Sequence[str] = ()) -> Conf
     tree = _read_yaml(source)
     for override in overrides:
         _apply(tree, override)
+    if "registry" in kind.model_fields and os.environ.get(REGISTRY_VARIABLE):
+        tree.setdefault("registry", os.environ[REGISTRY_VARIABLE])
     try:
         return kind.model_validate(tree)
     except ValidationError as error:

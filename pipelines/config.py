@@ -81,8 +81,11 @@ class RerankConfig(_Settings):
     """A rerank job."""
 
     candidates: Annotated[str | tuple[str, ...], Field(description="Parquet file, folder or glob; or a list of them")]
-    model: Annotated[str, Field(min_length=1, description="folder, URI, or hub id with @revision")]
+    model: Annotated[str, Field(min_length=1, description="folder, URI, hub id with @revision, or registry://name")]
     output: Annotated[str, Field(min_length=1, description="folder for the results; made if absent")]
+    registry: Annotated[
+        str | None, Field(description="folder or URI of the registry, for models as registry://name")
+    ] = None
     layout: Annotated[Literal["auto"] | LayoutName, Field(description="shape of the candidates")] = "auto"
     queries: Annotated[str | None, Field(description="table query_id, text (layout ids)")] = None
     corpus: Annotated[str | None, Field(description="table doc_id, text[, title] (layout ids)")] = None

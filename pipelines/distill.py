@@ -11,8 +11,9 @@ command again goes on in the stage that was stopped, and does none again that is
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -29,7 +30,7 @@ from pipelines.distill_lists import ListCounts, list_job
 from pipelines.estimate import estimate
 from pipelines.evaluate import read_qrels
 from pipelines.finish import SUCCESS_FILE, first_changed
-from pipelines.model import CheckpointModel, from_config
+from pipelines.model import CheckpointModel, choose, from_config
 from pipelines.plan import RUN_FOLDER
 from pipelines.storage import Location, check_apart, delete, exists, list_files, locate, put, put_new, read_bytes
 from pipelines.stored_files import store_model
@@ -67,6 +68,7 @@ def needs(config: DistillConfig, cores: int) -> dict[str, float]:
 
 def describe(config: DistillConfig) -> list[str]:
     """The job in figures, for people, one fact a line. Raises as `check` does."""
+    config, _ = _with_versions(config)
     check(config)
     lines = []
     for number, teacher in enumerate(config.teacher_names):
@@ -114,9 +116,12 @@ def distill(
     `should_stop()` is asked now and then, as the stages do it. Raises CrossEncError with what is wrong and what to do;
     nothing that is stored is lost.
     """
+    config, notes = _with_versions(config, new_run=new_run)
     check(config)
     output = locate(config.output, config.storage_options)
     say = UnitProgress(stream).say
+    for note in notes:
+        say(note)
     stopped = Outcome("stopped", output, f"stopped; run the same command again to resume {output}")
     if new_run:
         _remove(output, say)
@@ -144,6 +149,27 @@ def distill(
     message = f"{trained.message}; the lists are in {output / LISTS_FOLDER}, the teachers' scores in"
     message += f" {output / TEACHERS_FOLDER}"
     return Outcome(trained.state, output, message, drawn.counts, kept, trained.result)
+
+
+def _with_versions(config: DistillConfig, *, new_run: bool = False) -> tuple[DistillConfig, list[str]]:
+    """The job with the versions of its models, where they are of a registry; and what people should hear of them."""
+    output = locate(config.output, config.storage_options)
+
+    def planned(number: int) -> Mapping[str, str]:
+        plan = None if new_run else plans.load(output / f"{TEACHERS_FOLDER}/{number}")
+        return plan.parts if plan is not None else {}
+
+    def planned_student() -> Mapping[str, str]:
+        return {} if new_run else training.planned_parts(output / STUDENT_FOLDER)
+
+    places = (config.registry, config.storage_options)
+    chosen = [choose(name, *places, partial(planned, n)) for n, name in enumerate(config.teacher_names)]
+    student, note = choose(config.student.model or "", *places, planned_student)
+    changes = {
+        "teachers": tuple(source for source, _ in chosen),
+        "student": config.student.model_copy(update={"model": student or None}),
+    }
+    return config.model_copy(update=changes), [text for text in (*(note for _, note in chosen), note) if text]
 
 
 def _rerank_config(config: DistillConfig, number: int) -> RerankConfig:

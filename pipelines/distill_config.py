@@ -14,7 +14,7 @@ from pipelines.train_data_config import LabelledData
 
 _LOSS = "kl_distillation"
 #: Settings of training that are the distillation job's own, or made by it.
-_SHARED = ("max_text_bytes", "storage_options", "drain_seconds", "ray_address")
+_SHARED = ("registry", "max_text_bytes", "storage_options", "drain_seconds", "ray_address")
 _MADE = ("train", "output", *_SHARED)
 _OF_LISTS = ("documents", "strata", "keep_top", "seed")
 
@@ -24,7 +24,10 @@ class StudentConfig(TrainConfig):
 
     train: Annotated[LabelledData, Field(exclude=True)] = LabelledData(files="lists")
     output: Annotated[str, Field(exclude=True)] = "student"
-    model: Annotated[str | None, Field(min_length=1, description="folder, URI, or hub id with @revision")] = None  # type: ignore[assignment]
+    registry: Annotated[str | None, Field(exclude=True)] = None
+    model: Annotated[
+        str | None, Field(min_length=1, description="folder, URI, hub id with @revision, or registry://name")
+    ] = None  # type: ignore[assignment]
     loss: LossConfig = LossConfig(name=_LOSS)
     max_text_bytes: Annotated[int, Field(exclude=True)] = 0
     storage_options: dict[str, Any] = Field(default_factory=dict, exclude=True, repr=False)
@@ -54,6 +57,9 @@ class DistillConfig(BaseModel):
     teachers: Annotated[str | tuple[str, ...], Field(description="one model or several, named as in rerank")]
     candidates: Annotated[str | tuple[str, ...], Field(description="Parquet file, folder or glob; or a list of them")]
     output: Annotated[str, Field(min_length=1, description="folder for all stages; made if absent")]
+    registry: Annotated[
+        str | None, Field(description="folder or URI of the registry, for models as registry://name")
+    ] = None
     layout: Annotated[Literal["auto"] | LayoutName, Field(description="shape of the candidates")] = "auto"
     queries: Annotated[str | None, Field(description="table query_id, text (layout ids)")] = None
     corpus: Annotated[str | None, Field(description="table doc_id, text[, title] (layout ids)")] = None

@@ -54,7 +54,7 @@ class Estimate:
 def estimate(config: RerankConfig, model: Model | None = None) -> Estimate:
     """Plans the job, tokenises a sample of it and, where this machine has the right kind of device, scores it."""
     job = resolve(config, model)
-    remarks = []
+    remarks = [job.note] if job.note else []
     plan = plans.load(job.output)
     if plan is not None:
         plans.check_unchanged(plan.parts, job.parts, job.output)

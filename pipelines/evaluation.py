@@ -34,7 +34,7 @@ from pipelines.evaluation_output import (
 )
 from pipelines.evaluation_texts import Prepared, prepare
 from pipelines.finish import REPORT_FILE, SUCCESS_FILE
-from pipelines.model import Model, from_config
+from pipelines.model import Model, choose, from_config
 from pipelines.progress import announce
 from pipelines.rankings import Ranking
 from pipelines.records import ShardCounts
@@ -74,9 +74,10 @@ class EvaluationJob:
 def resolve(config: EvaluateConfig, models: Mapping[str, Model] | None = None) -> EvaluationJob:
     """Looks everything up that the job names. Raises InputError before any work is done.
 
-    `models` replaces those of the systems with these names.
+    `models` replaces those of the systems with these names. A model registry://name is what is current there now.
     """
     output = locate(config.output, config.storage_options)
+    config = config.model_copy(update={"systems": tuple(_with_version(config, system) for system in config.systems)})
     check_apart(output, _inputs(config))
     sources = tuple(evaluation_inputs.find(collection, config.storage_options) for collection in config.collections)
     given = models or {}
@@ -99,6 +100,13 @@ def resolve(config: EvaluateConfig, models: Mapping[str, Model] | None = None) -
     digests = {f"{name} {file}": digest for name, model in found.items() for file, digest in model.digests().items()}
     parts = plans.describe_parts(files, digests, config.result_options()) | {"job": "evaluate", "figures": str(FORMAT)}
     return EvaluationJob(config, output, sources, found, existing, parts)
+
+
+def _with_version(config: EvaluateConfig, system: SystemConfig) -> SystemConfig:
+    if system.model is None:
+        return system
+    source, _ = choose(system.model, config.registry, config.storage_options)
+    return system.model_copy(update={"model": source})
 
 
 def _inputs(config: EvaluateConfig) -> list[str | None]:
@@ -164,7 +172,7 @@ def evaluate(
                 return Outcome("stopped", job.output, message)
             judgements.append(judgement)
         say("comparing …")
-        found = write(job.output, config, judgements, job.parts)
+        found = write(job.output, job.config, judgements, job.parts)
         put(job.output / SUCCESS_FILE, b"")
     return Outcome("done", job.output, f"done; see {job.output / REPORT_FILE}", found)
 
@@ -208,6 +216,7 @@ def _rerank_config(
     return RerankConfig(
         model=system.model or "",
         output=output,
+        registry=config.registry,
         scoring=system.scoring or config.scoring,
         max_text_bytes=config.max_text_bytes,
         storage_options=config.storage_options,

@@ -93,7 +93,9 @@ class SystemConfig(_Settings):
     """Something that ranks: a model, or a ranking that is there already."""
 
     name: Annotated[Name, Field(description="for tables; by default the last part of the model's or ranking's name")]
-    model: Annotated[str | None, Field(min_length=1, description="folder, URI, or hub id with @revision")] = None
+    model: Annotated[
+        str | None, Field(min_length=1, description="folder, URI, hub id with @revision, or registry://name")
+    ] = None
     ranking: Annotated[
         str | dict[str, str] | None,
         Field(description="a TREC run, Parquet, or the output of a rerank run; by collection where there are several"),
@@ -143,6 +145,9 @@ class EvaluateConfig(_Settings):
     seed: Annotated[int, Field(ge=0, description="of intervals and randomisation tests")] = 0
     worst: Annotated[int, Field(ge=0, le=100, description="queries shown per system: the largest losses")] = 10
     trec_run: Annotated[bool, Field(description="also write each ranking as a TREC run")] = False
+    registry: Annotated[
+        str | None, Field(description="folder or URI of the registry, for models as registry://name")
+    ] = None
     scoring: ScoringConfig = ScoringConfig()
     max_text_bytes: Annotated[int, Field(ge=1, description="a longer query or document is refused")] = 4 * 2**20
     storage_options: Annotated[dict[str, Any], Field(repr=False, description="passed to the file system")] = {}

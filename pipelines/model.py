@@ -1,10 +1,10 @@
 """The model of a run, as a value that travels to every node: where it comes from and how to load its two halves.
 
 The tokenizer is loaded by CPU tasks, the scorer by scoring actors; both from a node-local copy whose files are
-checked against the digests that the run was planned with.
+checked against the digests that the run was planned with. Here, too, a job's name for a model becomes a place.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,11 +12,15 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from crossenc.errors import CheckpointError, InputError, ScoreError
+from crossenc.errors import CheckpointError, ConfigError, InputError, ScoreError
 from crossenc.records import TokenizedPairs
-from pipelines import metrics
+from pipelines import metrics, registry
 from pipelines.config import RerankConfig
 from pipelines.prepare import Tokenizer
+from pipelines.storage import Location, locate
+
+#: The part of a fingerprint that names the version, where the model is one of a registry.
+REGISTERED_PART = "registered model"
 
 
 class Scorer(Protocol):
@@ -58,7 +62,10 @@ class Model(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CheckpointModel:
-    """A cross-encoder checkpoint: a folder that every node can read, a URI, or a hub id with `@revision`."""
+    """A cross-encoder checkpoint: a folder that every node can read, a URI, or a hub id with `@revision`.
+
+    That of a registry has its name there as `label`, and in `registered` the digests it must have.
+    """
 
     source: str
     dtype: str = "float32"
@@ -71,22 +78,35 @@ class CheckpointModel:
     onnx_file: str | None = None
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
     expected: Mapping[str, str] = field(default_factory=dict, repr=False)
+    label: str | None = None
+    registered: Mapping[str, str] | None = field(default=None, repr=False)
 
     @property
     def name(self) -> str:
-        return self.source
+        return self.label or self.source
 
     def digests(self) -> Mapping[str, str]:
         from crossenc.checkpoint import file_digests
 
         folder, onnx_path = self.folder(), self._onnx_path()
         if onnx_path is not None and not (folder / onnx_path).is_file():
-            raise CheckpointError(f"{self.source} has no {onnx_path}: make it with `crossenc export`")
+            raise CheckpointError(f"{self.name} has no {onnx_path}: make it with `crossenc export`")
         return file_digests(folder, onnx_path)
 
     def pinned(self) -> "CheckpointModel":
-        """The same model, which from now on refuses to load from files with other digests."""
-        return replace(self, expected=dict(self.digests()))
+        """The same model, which from now on refuses to load from files with other digests.
+
+        Raises CheckpointError where they are not those of its version in the registry.
+        """
+        found = dict(self.digests())
+        registered = found if self.registered is None else self.registered
+        altered = [name for name, digest in found.items() if registered.get(name) != digest]
+        if altered:
+            raise CheckpointError(
+                f"{altered[0]} of {self.name} was altered since the version was stored; restore it, or roll back with"
+                " `crossenc rollback`"
+            )
+        return replace(self, expected=found)
 
     def score_range(self) -> tuple[float, float]:
         from crossenc.loading import read_layout, read_num_labels, resolve_activation
@@ -95,7 +115,7 @@ class CheckpointModel:
         layout = read_layout(folder)
         num_labels = read_num_labels(folder, layout)
         if num_labels != 1:
-            raise InputError(f"{self.source} gives {num_labels} scores a pair; reranking needs a model with one label")
+            raise InputError(f"{self.name} gives {num_labels} scores a pair; reranking needs a model with one label")
         own = type(resolve_activation(layout, num_labels)).__name__
         return (0.0, 1.0) if own == "Sigmoid" and self.activation != "identity" else (-12.0, 12.0)
 
@@ -131,7 +151,7 @@ class CheckpointModel:
             engine = replace(engine, on_out_of_memory=metrics.out_of_memory)
         if self.activation == "identity":
             engine = engine.with_limits(torch.nn.Identity(), None)
-        check_canary(engine, tokenizer, self.source)
+        check_canary(engine, tokenizer, self.name)
         return engine
 
     def exact(self) -> "CheckpointModel | None":
@@ -166,11 +186,74 @@ class CheckpointModel:
             )
 
 
+def choose(
+    source: str,
+    registry_uri: str | None,
+    options: Mapping[str, Any],
+    planned: Callable[[], Mapping[str, str]] = dict,
+) -> tuple[str, str]:
+    """A model as a job names it, with the version of the registry that the job uses; and what people should hear.
+
+    registry://name is the current version. `planned()` gives the parts of the run that is stored, if there is one: it
+    goes on with the version that it was planned with, wherever the registry points now, since a run never mixes two.
+    """
+    if not source.startswith(registry.SCHEME):
+        return source, ""
+    name, version = registry.parse(source)
+    if version is not None:
+        return source, ""
+    place = _registry(source, registry_uri, options)
+    before = planned().get(REGISTERED_PART, "")
+    if not before.startswith(f"{source}@"):
+        found, _ = registry.resolve(source, place)
+        return found.source, f"the model is {found.source}"
+    entry = registry.current(place, name)
+    if entry is None or f"{source}@{entry.version}" == before:
+        return before, ""
+    return before, (
+        f"this run was planned with {before} and stays with it; the current version is {entry.version}: another output,"
+        " or --new-run, takes that"
+    )
+
+
+def checkpoint(source: str, registry_uri: str | None, options: Mapping[str, Any], **settings: Any) -> CheckpointModel:
+    """The checkpoint that `source` names, as `choose` gives it, with `settings` of CheckpointModel.
+
+    Raises InputError where the registry has no such version, RunConflictError where that is damaged.
+    """
+    if not source.startswith(registry.SCHEME):
+        return CheckpointModel(source=source, storage_options=options if "://" in source else {}, **settings)
+    version, place = registry.resolve(source, _registry(source, registry_uri, options))
+    return CheckpointModel(
+        source=place.path if place.scheme == "file" else place.uri,
+        storage_options=place.options,
+        label=version.source,
+        registered=version.model_digests,
+        **settings,
+    )
+
+
+def registered_part(source: str) -> dict[str, str]:
+    """The part of a fingerprint that a model of a registry adds to the digests of its files."""
+    return {REGISTERED_PART: source} if source.startswith(registry.SCHEME) else {}
+
+
+def _registry(source: str, uri: str | None, options: Mapping[str, Any]) -> Location:
+    if uri is None:
+        raise ConfigError(
+            f"model {source}: say where the registry is, by `registry: s3://bucket/models` in the job file or by"
+            " CROSSENC_REGISTRY in the environment"
+        )
+    return locate(uri, options)
+
+
 def from_config(config: RerankConfig) -> CheckpointModel:
     """The model that a job names."""
     scoring = config.scoring
-    return CheckpointModel(
-        source=config.model,
+    return checkpoint(
+        config.model,
+        config.registry,
+        config.storage_options,
         dtype=scoring.dtype,
         max_length=scoring.max_length,
         max_batch_tokens=scoring.max_batch_tokens,
@@ -179,7 +262,6 @@ def from_config(config: RerankConfig) -> CheckpointModel:
         activation=scoring.activation,
         backend=scoring.backend,
         onnx_file=scoring.onnx_file,
-        storage_options=config.storage_options if "://" in config.model else {},
     )
 
 

@@ -61,6 +61,12 @@ class Version:
         """What a job calls it."""
         return f"{SCHEME}{self.name}@{self.version}"
 
+    @property
+    def model_digests(self) -> dict[str, str]:
+        """SHA-256 of the checkpoint's files, by path in its folder."""
+        start = f"{MODEL_FOLDER}/"
+        return {file.path.removeprefix(start): file.sha256 for file in self.files if file.path.startswith(start)}
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -92,9 +98,9 @@ def store_version(
 ) -> Version:
     """Copies the folders, of which `model` is required, into a new version and returns it.
 
-    Called again with the same content it completes what a kill left, or returns the version that is there with its
-    facts of then. Raises RunConflictError where the version has another content, InputError for names that cannot be
-    and for a folder without a checkpoint.
+    Called again with the same files it completes what a kill left, or returns the version that is there with its
+    parent and facts of then. Raises RunConflictError where the version has other files, InputError for names that
+    cannot be and for a folder without a checkpoint.
     """
     place = _version_folder(registry, name, version)
     sources = _sources(folders)
@@ -103,7 +109,7 @@ def store_version(
     made = Version(name, version, _now(), parent, files, dict(facts))
     body = json.dumps({"format": FORMAT} | asdict(made), indent=1, sort_keys=True).encode()
     stored = _parse_version(put_new(place / VERSION_FILE, body), place / VERSION_FILE)
-    if (stored.files, stored.parent) != (made.files, made.parent):
+    if stored.files != made.files:
         raise RunConflictError(_occupied(place))
     return stored
 
@@ -222,29 +228,37 @@ def _point(registry: Location, name: str) -> None:
         except FileNotFoundError:
             stored = None
         # After the look at the pointer: what the history says now is not older than what that was made from.
-        entries = history(registry, name)
-        if not entries or stored == _entry_body(entries[-1]):
+        newest = _newest(registry, name)
+        if newest is None or stored == _entry_body(newest):
             return
         with contextlib.suppress(FileNotFoundError):
-            put_if(place, _entry_body(entries[-1]), stored)
+            put_if(place, _entry_body(newest), stored)
 
 
 def current(registry: Location, name: str) -> Entry | None:
     """The newest entry of the history, None where nothing was promoted yet. Moves current.json where it is behind."""
-    entries = history(registry, name)
-    if not entries:
-        return None
-    # Who may only read, reads: the history says what is current, and the next writer moves the pointer.
-    with contextlib.suppress(StorageError):
-        _point(registry, name)
-    return entries[-1]
+    newest = _newest(registry, name)
+    if newest is not None:
+        # Who may only read, reads: the history says what is current, and the next writer moves the pointer.
+        with contextlib.suppress(StorageError):
+            _point(registry, name)
+    return newest
+
+
+def _newest(registry: Location, name: str) -> Entry | None:
+    places = _entries(registry, name)
+    return _read_entry(max(places)[1]) if places else None
 
 
 def history(registry: Location, name: str) -> tuple[Entry, ...]:
     """All entries, in order. Raises RunConflictError for one that cannot be read."""
-    folder = _folder(registry, name) / HISTORY_FOLDER
-    places = [file.location for file in list_files(folder) if re.fullmatch(r"\d{6,}\.json", file.location.name)]
-    return tuple(sorted(_in_parallel(_read_entry, places), key=lambda entry: entry.number))
+    return tuple(_in_parallel(_read_entry, [place for _, place in sorted(_entries(registry, name))]))
+
+
+def _entries(registry: Location, name: str) -> list[tuple[int, Location]]:
+    """The number and the place of each entry."""
+    places = [file.location for file in list_files(_folder(registry, name) / HISTORY_FOLDER)]
+    return [(int(place.name[:-5]), place) for place in places if re.fullmatch(r"\d{6,}\.json", place.name)]
 
 
 def versions(registry: Location, name: str) -> tuple[Version, ...]:
@@ -293,10 +307,7 @@ def verify(registry: Location, version: Version) -> None:
         except FileNotFoundError:
             body = None
         if body is None or hashlib.sha256(body).hexdigest() != file.sha256:
-            raise RunConflictError(
-                f"{place / file.path} was {'removed' if body is None else 'altered'} since the version was stored;"
-                " restore it, or store the model as another version"
-            )
+            raise RunConflictError(_changed(place, file, body is None))
 
     _in_parallel(check, version.files)
     _refuse_extra(place, version.files)
@@ -305,7 +316,8 @@ def verify(registry: Location, version: Version) -> None:
 def resolve(source: str, registry: Location) -> tuple[Version, Location]:
     """The version that registry://name (the current one) or registry://name@version names, and its model's folder.
 
-    Raises InputError where there is none.
+    Raises InputError where there is none, RunConflictError where a file was removed, added or has another size. Whoever
+    loads the model compares its digests.
     """
     name, version = parse(source)
     if version is None:
@@ -317,7 +329,13 @@ def resolve(source: str, registry: Location) -> tuple[Version, Location]:
                 f" model; there are: {known}"
             )
         version = entry.version
-    return read_version(registry, name, version), model_folder(registry, name, version)
+    found, place = read_version(registry, name, version), _version_folder(registry, name, version)
+    sizes = _sizes(place)
+    for file in found.files:
+        if sizes.get(file.path) != file.num_bytes:
+            raise RunConflictError(_changed(place, file, file.path not in sizes))
+    _refuse_extra(place, found.files)
+    return found, place / MODEL_FOLDER
 
 
 def parse(source: str) -> tuple[str, str | None]:
@@ -329,11 +347,6 @@ def parse(source: str) -> tuple[str, str | None]:
     if at:
         check_name("version", version)
     return name, version if at else None
-
-
-def model_folder(registry: Location, name: str, version: str) -> Location:
-    """Where the checkpoint of a version is."""
-    return _version_folder(registry, name, version) / MODEL_FOLDER
 
 
 def check_name(what: str, name: str) -> None:
@@ -384,12 +397,23 @@ def _copy(source: Location, place: Location, path: str) -> StoredFile:
 
 def _refuse_extra(place: Location, files: Sequence[StoredFile]) -> None:
     """Raises RunConflictError for a file that is not of the version: it could change what is loaded."""
+    extra = sorted(_sizes(place).keys() - {file.path for file in files} - {VERSION_FILE})
+    if extra:
+        raise RunConflictError(f"{place / extra[0]} is not of this version; remove it, or take another version name")
+
+
+def _sizes(place: Location) -> dict[str, int]:
+    """What is in a version's folder, by path in it; hidden files are those of writers at work, or killed."""
     start = len(place.uri) + 1
-    known = {file.path for file in files} | {VERSION_FILE}
-    for file in list_files(place):
-        path = file.location.uri[start:]
-        if path not in known and not path.rpartition("/")[2].startswith("."):
-            raise RunConflictError(f"{file.location} is not of this version; remove it, or take another version name")
+    sizes = {file.location.uri[start:]: file.num_bytes for file in list_files(place)}
+    return {path: size for path, size in sizes.items() if not path.rpartition("/")[2].startswith(".")}
+
+
+def _changed(place: Location, file: StoredFile, is_gone: bool) -> str:
+    return (
+        f"{place / file.path} was {'removed' if is_gone else 'altered'} since the version was stored; restore it, or"
+        " store the model as another version"
+    )
 
 
 def _occupied(place: Location) -> str:

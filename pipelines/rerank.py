@@ -17,7 +17,7 @@ from pipelines import plan as plans
 from pipelines.commit import RESULTS_FOLDER, SCORED_FOLDER, CommitSettings
 from pipelines.config import RerankConfig
 from pipelines.inputs import list_candidates, scan
-from pipelines.model import Model, from_config
+from pipelines.model import Model, choose, from_config, registered_part
 from pipelines.plan import RUN_FOLDER, Plan
 from pipelines.prepare import ReadSettings, pass_through_fields
 from pipelines.progress import Progress, announce
@@ -56,7 +56,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A job with everything resolved that its fingerprint rests on."""
+    """A job with everything resolved that its fingerprint rests on. `note` is what people should hear of its model."""
 
     config: RerankConfig
     output: Location
@@ -65,10 +65,14 @@ class Job:
     queries: TextTable | None
     corpus: TextTable | None
     parts: Mapping[str, str]
+    note: str = ""
 
 
-def resolve(config: RerankConfig, model: Model | None = None) -> Job:
-    """Looks everything up that the job names: files, tables, model. Raises before any work is done."""
+def resolve(config: RerankConfig, model: Model | None = None, *, new_run: bool = False) -> Job:
+    """Looks everything up that the job names: files, tables, model. Raises before any work is done.
+
+    `model` replaces the one that the job names. With `new_run` the run that is stored does not matter.
+    """
     output = locate(config.output, config.storage_options)
     check_apart(output, [*config.candidate_uris, config.queries, config.corpus, config.qrels])
     files = list_candidates(config)
@@ -81,12 +85,26 @@ def resolve(config: RerankConfig, model: Model | None = None) -> Job:
         fitted_on = expand(locate(config.interpolate.fit, config.storage_options), ".parquet")
     if config.qrels:
         expand(locate(config.qrels, config.storage_options), ".parquet")  # found missing now, not after the night
-    model = model or from_config(config).pinned()
+    note, registered = "", {}
+    if model is None:
+        config, note = _with_version(config, output, new_run)
+        model, registered = from_config(config).pinned(), registered_part(config.model)
     model.score_range()
     model.load_tokenizer()  # a max_length that cannot be is found here, not by a worker
     tables = [*(queries.files if queries else ()), *(corpus.files if corpus else ())]
-    parts = plans.describe_parts([*files, *tables, *fitted_on], model.digests(), config.result_options())
-    return Job(config, output, model, tuple(files), queries, corpus, parts)
+    parts = plans.describe_parts([*files, *tables, *fitted_on], model.digests(), config.result_options()) | registered
+    return Job(config, output, model, tuple(files), queries, corpus, parts, note)
+
+
+def _with_version(config: RerankConfig, output: Location, new_run: bool) -> tuple[RerankConfig, str]:
+    """The job with the version of its model, where that is one of a registry; and what people should hear of it."""
+
+    def planned() -> Mapping[str, str]:
+        plan = None if new_run else plans.load(output)
+        return plan.parts if plan is not None else {}
+
+    source, note = choose(config.model, config.registry, config.storage_options, planned)
+    return config.model_copy(update={"model": source}), note
 
 
 def rerank(
@@ -104,7 +122,9 @@ def rerank(
     `should_stop()` is asked now and then; once it says yes, shards in work are finished and the rest is left for
     the next call. Raises CrossEncError with what is wrong and what to do; nothing that was committed is lost.
     """
-    job = resolve(config, model)
+    job = resolve(config, model, new_run=new_run)
+    if job.note:
+        announce(stream, job.note)
     stored = None if new_run else plans.load(job.output)
     if stored is not None:
         plans.check_unchanged(stored.parts, job.parts, job.output)

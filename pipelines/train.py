@@ -30,8 +30,9 @@ from pipelines import checkpoints, lease, train_board, train_finish
 from pipelines import plan as plans
 from pipelines.checkpoints import CHECKPOINT_FOLDER, TRAIN_STATE_FILE
 from pipelines.finish import MANIFEST_FILE, REPORT_FILE, SUCCESS_FILE
-from pipelines.model import CheckpointModel
+from pipelines.model import CheckpointModel, choose, registered_part
 from pipelines.plan import RUN_FOLDER
+from pipelines.progress import announce
 from pipelines.storage import (
     Location,
     check_apart,
@@ -81,7 +82,10 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class TrainJob:
-    """A job with everything resolved that can be before data is read. `num_labels` are the model's."""
+    """A job with everything resolved that can be before data is read.
+
+    `num_labels` are the model's, `note` is what people should hear of it.
+    """
 
     config: TrainConfig
     output: Location
@@ -89,15 +93,22 @@ class TrainJob:
     objective: Objective
     num_labels: int
     parts: Mapping[str, str]
+    note: str = ""
 
 
-def resolve(config: TrainConfig) -> TrainJob:
-    """Looks the model up and builds it once, so that what cannot work is found now. Raises before any work is done."""
+def resolve(config: TrainConfig, *, new_run: bool = False) -> TrainJob:
+    """Looks the model up and builds it once, so that what cannot work is found now. Raises before any work is done.
+
+    With `new_run` the run that is stored does not matter.
+    """
     options = config.storage_options
     output = locate(config.output, options)
     data = [one for one in (config.train, config.validation) if isinstance(one, LabelledData)]
     check_apart(output, [uri for one in data for uri in (*one.uris, one.queries, one.corpus)])
     loss = objective(config.loss.name, config.loss.parameters)
+    planned = dict if new_run else lambda: planned_parts(output)
+    chosen, note = choose(config.model, config.registry, options, planned)
+    config = config.model_copy(update={"model": chosen})
     model = source(config).pinned()
     model.load_tokenizer()  # a max_length that cannot be is found here
     num_labels = build(config, model).num_labels
@@ -105,8 +116,8 @@ def resolve(config: TrainConfig) -> TrainJob:
     described = config.result_options()
     for name, one in (("train", config.train), ("validation", config.validation)):
         described[name] = one.model_dump(mode="json") if isinstance(one, LabelledData) else one
-    parts = plans.describe_parts([], model.digests(), described) | {"job": "train"}
-    return TrainJob(config, output, model, loss, num_labels, parts)
+    parts = plans.describe_parts([], model.digests(), described) | {"job": "train"} | registered_part(chosen)
+    return TrainJob(config, output, model, loss, num_labels, parts, note)
 
 
 def describe(job: TrainJob) -> list[str]:
@@ -160,7 +171,9 @@ def train(
     says yes, a checkpoint is stored after the step in work, and the next call goes on from there. Raises CrossEncError
     with what is wrong and what to do.
     """
-    job = resolve(config)
+    job = resolve(config, new_run=new_run)
+    if job.note:
+        announce(stream, job.note)
     stored = None if new_run else _beginning(job.output)
     if stored is not None:
         plans.check_unchanged(stored.parts, job.parts, job.output)
@@ -215,6 +228,12 @@ def _beginning(output: Location) -> _Beginning | None:
         raise RunConflictError(
             f"{output / TRAIN_STATE_FILE} is of another version; start over with --new-run"
         ) from None
+
+
+def planned_parts(output: Location) -> Mapping[str, str]:
+    """What the run in `output` depends on; nothing where there is none."""
+    found = _beginning(output)
+    return found.parts if found is not None else {}
 
 
 def _begin(job: TrainJob) -> float:

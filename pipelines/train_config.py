@@ -14,6 +14,7 @@ _BATCH_LISTS = 16
 #: Settings that say where and how fast, not what is learned.
 _WITHOUT_EFFECT = {
     "output",
+    "registry",
     "workers",
     "checkpoint_minutes",
     "keep_checkpoints",
@@ -75,8 +76,11 @@ class TrainConfig(_Settings):
         LabelledData | Annotated[float, Field(gt=0, lt=1)] | None,
         Field(description="labelled data to choose the best checkpoint by; or the share of queries held out for it"),
     ] = None
-    model: Annotated[str, Field(min_length=1, description="folder, URI, or hub id with @revision")]
+    model: Annotated[str, Field(min_length=1, description="folder, URI, hub id with @revision, or registry://name")]
     output: Annotated[str, Field(min_length=1, description="folder for the model; made if absent")]
+    registry: Annotated[
+        str | None, Field(description="folder or URI of the registry, for models as registry://name")
+    ] = None
     loss: LossConfig = LossConfig()
     epochs: Annotated[int, Field(ge=1, le=10_000)] = 1
     batch_lists: Annotated[int | None, Field(ge=1, description="lists in a step of all workers together")] = None

@@ -8,7 +8,7 @@ from crossenc.errors import ConfigError
 from crossenc.loading import load_config
 from crossenc.loop.optimizer import freeze_lowest
 from crossenc.model import CrossEncoder
-from pipelines.model import CheckpointModel
+from pipelines.model import CheckpointModel, checkpoint
 from pipelines.train_config import LoraConfig, TrainConfig
 
 
@@ -16,11 +16,8 @@ def source(config: TrainConfig) -> CheckpointModel:
     """Where training starts from; a folder by its full path, since workers have working folders of their own."""
     folder = Path(config.model).expanduser()
     is_folder = "://" not in config.model and folder.is_dir()
-    return CheckpointModel(
-        source=str(folder.resolve()) if is_folder else config.model,
-        max_length=config.max_length,
-        storage_options=config.storage_options if "://" in config.model else {},
-    )
+    name = str(folder.resolve()) if is_folder else config.model
+    return checkpoint(name, config.registry, config.storage_options, max_length=config.max_length)
 
 
 def build(

@@ -24,6 +24,7 @@ from pipelines.storage import (
     open_input,
     probe,
     put,
+    put_if,
     put_new,
     read_bytes,
     redact,
@@ -224,6 +225,39 @@ def test_of_eight_writers_one_wins_and_all_see_its_bytes(tmp_path):
             delete([place])
 
 
+def test_put_if_replaces_only_what_it_was_told_is_there(tmp_path):
+    place = locate(f"{tmp_path}/new/x")
+    assert put_if(place, b"1", None) == b"1"
+    assert put_if(place, b"2", None) == b"1"
+    assert put_if(place, b"2", b"1") == b"2"
+    assert put_if(place, b"3", b"1") == b"2" == read_bytes(place)
+    delete([place])
+    with pytest.raises(FileNotFoundError):
+        put_if(place, b"3", b"2")
+
+
+def count_up(place: Location, times: int) -> int:
+    """Adds 1 to the number in a file so often; returns how often another writer was quicker."""
+    lost = 0
+    for _ in range(times):
+        while True:
+            before = read_bytes(place)
+            body = b"%d %s" % (int(before.split()[0]) + 1, uuid.uuid4().hex.encode())
+            if put_if(place, body, before) == body:
+                break
+            lost += 1
+    return lost
+
+
+def test_no_conditional_replacement_is_lost_among_writers(tmp_path):
+    place = locate(f"{tmp_path}/x")
+    put(place, b"0 ")
+    with ThreadPoolExecutor(4) as pool:
+        lost = sum(pool.map(lambda _: count_up(place, 25), range(4)))
+    assert read_bytes(place).split()[0] == b"100"
+    assert lost > 0  # or it was no race
+
+
 @pytest.mark.parametrize("write", [put, put_new])
 def test_a_full_disk_is_named_and_keeps_no_part_of_the_file(write):
     with small_disk(megabytes=1) as folder:
@@ -375,6 +409,14 @@ def test_of_eight_writers_to_a_bucket_one_wins_and_all_see_its_bytes(moto, s3_bu
     assert seen == {moto.get(f"{s3_bucket}/x")}
 
 
+def test_no_conditional_replacement_is_lost_among_writers_to_a_bucket(s3_bucket):
+    place = locate(f"s3://{s3_bucket}/x")
+    assert put_if(place, b"0 ", None) == b"0 "
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda _: count_up(place, 4), range(3)))
+    assert read_bytes(place).split()[0] == b"12"
+
+
 def test_a_store_is_probed_without_leaving_anything_behind(moto, s3_bucket, tmp_path):
     assert probe(locate(f"s3://{s3_bucket}/out")) == "atomic"
     assert moto.list(s3_bucket) == []
@@ -418,6 +460,39 @@ def test_create_only_returns_the_bytes_of_the_writer_that_came_first(moto, proxy
     if rule is not None:
         proxy.add(rule)  # a bare 412, as stores other than AWS send it
     assert put_new(locate(f"s3://{bucket}/k"), b"mine") == b"theirs"
+    assert moto.get(f"{bucket}/k") == b"theirs"
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Rule("status", method="PUT", status=503, times=2),
+        Rule("reset_before", method="PUT", times=3),
+        Rule("reset_after", method="PUT"),
+        Rule("duplicate", method="PUT"),
+        Rule("status", method="PUT", status=409),
+        Rule("status", method="PUT", status=412),
+        Rule("status", method="PUT", status=501),  # the store knows no such condition
+    ],
+    ids=lambda rule: f"{rule.fault}-{rule.status}",
+)
+def test_a_conditional_replacement_survives_a_fault_and_knows_its_own_bytes(moto, proxy, bucket, rule):
+    moto.put(f"{bucket}/k", b"old")
+    proxy.add(rule)
+    assert put_if(locate(f"s3://{bucket}/k"), b"mine", b"old") == b"mine"
+    assert moto.get(f"{bucket}/k") == b"mine"
+
+
+def test_a_conditional_replacement_returns_the_bytes_of_the_writer_that_came_between(moto, bucket, monkeypatch):
+    moto.put(f"{bucket}/k", b"old")
+    real = storage._put_options
+
+    def come_between(location):
+        moto.put(f"{bucket}/k", b"theirs")
+        return real(location)
+
+    monkeypatch.setattr(storage, "_put_options", come_between)
+    assert put_if(locate(f"s3://{bucket}/k"), b"mine", b"old") == b"theirs"
     assert moto.get(f"{bucket}/k") == b"theirs"
 
 
