@@ -7,6 +7,7 @@ import pytest
 from crossenc.errors import ConfigError
 from jobs.config import load
 from pipelines.config import RerankConfig
+from pipelines.mine_config import MineConfig
 
 GOOD = "candidates: c.parquet\nmodel: m\noutput: out\n"
 
@@ -68,3 +69,18 @@ def test_a_missing_job_file_suggests_the_nearest_one(tmp_path):
 def test_a_malformed_override_is_an_error(tmp_path, override):
     with pytest.raises(ConfigError, match="--set"):
         config(tmp_path, GOOD, override)
+
+
+def test_the_environment_says_where_the_registry_is_unless_the_job_does(tmp_path, monkeypatch):
+    assert config(tmp_path).registry is None
+    monkeypatch.setenv("CROSSENC_REGISTRY", "s3://search/models")
+    assert config(tmp_path).registry == "s3://search/models"
+    assert config(tmp_path, GOOD + "registry: own\n").registry == "own"
+    assert config(tmp_path, GOOD, "registry=own").registry == "own"
+    assert load(MineConfig, str(mining_job(tmp_path))).model_dump().get("registry") is None
+
+
+def mining_job(folder: Path) -> Path:
+    """A job that names no model, and so has no registry."""
+    (folder / "mine.yaml").write_text("candidates: c.parquet\nqrels: q.parquet\noutput: out\n")
+    return folder / "mine.yaml"
