@@ -40,7 +40,7 @@ def show(uri: str, name: str | None = None) -> int:
         if not found and newest is None:
             known = ", ".join(registry.names(place)) or "none"
             raise InputError(f"{place} has no model {name}; there are: {known}")
-        out.print(_version_table(found, newest))
+        out.print(_version_table(found, newest), "")
         out.print(_history_table(registry.history(place, name)))
         return runtime.DONE
 
@@ -104,7 +104,7 @@ def _show_entry(name: str, entry: Entry, is_new: bool) -> None:
 
 def _show_models(out: Console, place: Location) -> None:
     table = Table(box=None, pad_edge=False)
-    for heading in ("model", "current", "since", "versions"):
+    for heading in ("model", "current", "since (UTC)", "versions"):
         table.add_column(heading, justify="right" if heading == "versions" else "left")
     for name in registry.names(place):
         newest = registry.current(place, name)
@@ -118,7 +118,7 @@ def _show_models(out: Console, place: Location) -> None:
 def _version_table(found: Sequence[Version], newest: Entry | None) -> Table:
     table = Table(box=None, pad_edge=False)
     measures = list(dict.fromkeys(str(version.facts["measure"]) for version in found if version.facts.get("measure")))
-    for heading in ("version", "created", *measures, "gain", "trained from", ""):
+    for heading in ("version", "created (UTC)", *measures, "gain", "trained from", ""):
         table.add_column(heading, justify="right" if heading in (*measures, "gain") else "left")
     for version in found:
         values = [_figure(version, measure) for measure in measures]
@@ -130,7 +130,7 @@ def _version_table(found: Sequence[Version], newest: Entry | None) -> Table:
 
 def _history_table(entries: Sequence[Entry]) -> Table:
     table = Table(box=None, pad_edge=False)
-    for heading in ("", "history", "version", "before", "at", "reason"):
+    for heading in ("", "history", "version", "before", "at (UTC)", "reason"):
         table.add_column(heading, justify="left" if heading else "right")
     for entry in reversed(entries):
         what = (entry.action, entry.version, entry.previous or "")

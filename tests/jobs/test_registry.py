@@ -93,13 +93,13 @@ def test_the_models_their_versions_and_the_history_are_listed(workplace):
     call("promote", "other", "./base", "--reason", "x", "--as", "v1")
     assert "v1 is the current version of ranker now, v2 before" in call("rollback", "ranker", "--reason", "slow")
     lines = [line.split() for line in call("models").splitlines()]
-    assert lines[0] == ["model", "current", "since", "versions"]
+    assert lines[0] == ["model", "current", "since", "(UTC)", "versions"]
     assert [(line[0], line[1], line[-1]) for line in lines[1:]] == [("other", "v1", "1"), ("ranker", "v1", "2")]
     shown = call("models", "ranker")
     first, second = shown.splitlines()[1:3]
     assert first.split()[0] == "v1" and first.rstrip().endswith("current")
     assert second.split()[0] == "v2" and "0.4375  +0.0375  registry://ranker@v1" in second
-    assert [line.split()[:3] for line in shown.splitlines()[4:]] == [
+    assert [line.split()[:3] for line in shown.splitlines()[5:]] == [
         ["3", "rollback", "v1"],
         ["2", "promote", "v2"],
         ["1", "promote", "v1"],
