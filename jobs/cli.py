@@ -2,7 +2,7 @@
 
 import typer
 
-from jobs import distill, evaluate, export, mine, registry, rerank, status, train
+from jobs import distill, evaluate, export, mine, registry, rerank, retrain, status, train
 
 app = typer.Typer(
     name="crossenc",
@@ -16,6 +16,7 @@ app.command("evaluate")(evaluate.command)
 app.command("export")(export.command)
 app.command("mine")(mine.command)
 app.command("distill")(distill.command)
+app.command("retrain")(retrain.command)
 app.command("status")(status.command)
 app.command("models")(registry.models_command)
 app.command("promote")(registry.promote_command)

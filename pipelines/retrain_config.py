@@ -213,9 +213,7 @@ class RetrainConfig(BaseModel):
         assert self.mine is not None, "asked only where there is a section"
         same = {*RerankConfig.model_fields} & {*MineConfig.model_fields} - {"output", "qrels"}
         settings = {name: getattr(self.mine, name) for name in same} | self._shared(RerankConfig)
-        return RerankConfig.model_validate(
-            {**settings, "scoring": self.mine.scoring, "model": model, "output": output}
-        )
+        return RerankConfig.model_validate({**settings, "scoring": self.mine.scoring, "model": model, "output": output})
 
     def mine_config(self, qrels: tuple[str, ...], reranked: str | None, output: str) -> MineConfig:
         """The job that mines negatives for the judgements in `qrels`, by a rerank run's scores where there is one."""

@@ -60,7 +60,7 @@ class FixedQueries:
 
     def find(self, query: Query) -> Judged | None:
         """The query of the fixed set that this one is, or None."""
-        found = self.by_text.get(normalised(query.text)) if query.text is not None else None
+        found = self.by_text.get(normalised(query.text)) if query.text else None
         return found or (self.by_id.get(query.query_id) if query.query_id is not None else None)
 
 
@@ -93,7 +93,8 @@ def fixed_queries(sources: Sequence[Source], max_text_bytes: int) -> FixedQuerie
         for query_id in wanted:
             by_id.setdefault(query_id, Judged(source.config.name, query_id))
         for query_id, text in _texts_of(source, wanted, max_text_bytes):
-            by_text.setdefault(normalised(text), Judged(source.config.name, query_id))
+            if text:
+                by_text.setdefault(normalised(text), Judged(source.config.name, query_id))
     return FixedQueries(by_text, by_id)
 
 
@@ -102,8 +103,8 @@ def _texts_of(source: Source, wanted: set[str], max_text_bytes: int) -> Iterator
     table = source.tables[0] if source.tables else None
     if isinstance(table, TextTable):
         ids = sorted(wanted)
-        found = open_store(table, default_cache(), max_text_bytes).lookup(ids)
-        yield from ((id_, text.decode(errors="replace")) for id_, (text, _) in zip(ids, found, strict=True) if text_of(text))
+        texts = _looked_up(ids, table, max_text_bytes)
+        yield from ((id_, text) for id_, text in zip(ids, texts, strict=True) if text is not None)
     elif table is not None:
         for file in table:
             for number, body in json_lines(file):
@@ -145,9 +146,9 @@ def label_queries(
                 if isinstance(batch, Lines):
                     yield from _in_lines(file, batch, columns, table, max_text_bytes)
                 else:
-                    first_row, rows = batch
-                    ids, texts = (rows.column(columns.key), None) if columns.has_ids else (None, rows.column(columns.key))
-                    yield from _in_batch(file, first_row, ids, texts, table, max_text_bytes, every_row=True)
+                    column, has_ids = batch[1].column(columns.key), columns.has_ids
+                    ids, texts = (column, None) if has_ids else (None, column)
+                    yield from _in_batch(file, batch[0], ids, texts, table, max_text_bytes, every_row=True)
         except DamagedError:
             continue
 
@@ -176,15 +177,18 @@ def _in_batch(
     every_row: bool = False,
 ) -> Iterator[Query]:
     """The queries of columns: each in its first row, or in every one."""
-    num_rows = len(ids if ids is not None else texts)
-    found_ids = [text_of(id_) for id_ in id_bytes(ids)] if ids is not None else [None] * num_rows
-    if texts is not None and pa.types.is_null(texts.type):
-        texts = None
-    if texts is not None:
+    found_ids: list[str | None] = []
+    found_texts: list[str | None] = []
+    if ids is not None:
+        found_ids = [text_of(id_) for id_ in id_bytes(ids)]
+    if texts is None:
+        found_texts = _looked_up(found_ids, table, max_text_bytes)
+    elif pa.types.is_null(texts.type):
+        found_texts = [None] * len(texts)
+    else:
         distinct, rows = distinct_texts(texts, None, max_text_bytes)
         found_texts = [text_of(distinct[row]) for row in rows]
-    else:
-        found_texts = _looked_up(found_ids, table, max_text_bytes)
+    found_ids = found_ids or [None] * len(found_texts)
     seen: set[tuple[str | None, str | None]] = set()
     for number, key in enumerate(zip(found_ids, found_texts, strict=True)):
         if every_row or key not in seen:

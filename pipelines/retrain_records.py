@@ -11,7 +11,8 @@ steps between are done.
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -104,13 +105,13 @@ def folder_of(output: Location, key: str) -> Location:
 def begin(output: Location, retraining: Retraining) -> Retraining:
     """Stores what a retraining sets out with, before anything else of it."""
     place = folder_of(output, retraining.key) / RETRAINING_FILE
-    return _parse(_RETRAINING, put_new(place, _RETRAINING.dump_json(retraining, indent=1)), place)
+    return _retraining(put_new(place, _RETRAINING.dump_json(retraining, indent=1)), place)
 
 
 def end(output: Location, retraining: Retraining, ending: Ending) -> Ending:
     """Stores how a retraining ended; returns how it did, if that is stored already."""
     place = folder_of(output, retraining.key) / ENDING_FILE
-    return _parse(_ENDING, put_new(place, _ENDING.dump_json(ending, indent=1)), place)
+    return _ending(put_new(place, _ENDING.dump_json(ending, indent=1)), place)
 
 
 def read_all(output: Location) -> list[tuple[Retraining, Ending | None]]:
@@ -122,9 +123,9 @@ def read_all(output: Location) -> list[tuple[Retraining, Ending | None]]:
         if place.uri.count("/") != depth:
             continue
         if place.name == RETRAINING_FILE:
-            found.append(_parse(_RETRAINING, read_bytes(place), place))
+            found.append(_retraining(read_bytes(place), place))
         elif place.name == ENDING_FILE:
-            endings[place.uri.split("/")[-2]] = _parse(_ENDING, read_bytes(place), place)
+            endings[place.uri.split("/")[-2]] = _ending(read_bytes(place), place)
     return [(one, endings.get(one.key)) for one in sorted(found, key=lambda one: (one.started, one.key))]
 
 
@@ -166,19 +167,35 @@ def store_decision(folder: Location, decision: Decision, beside: Mapping[str, An
     """Stores a decision with what is told beside it; returns the one that is stored."""
     body = {"summary": decision.summary, "reasons": list(decision.reasons), **asdict(decision), **beside}
     place = folder / DECISION_FILE
-    return _parse(_DECISION, put_new(place, json.dumps(body, indent=1, ensure_ascii=False).encode()), place)
+    return _decision(put_new(place, json.dumps(body, indent=1, ensure_ascii=False).encode()), place)
 
 
 def read_decision(folder: Location) -> Decision | None:
     """The decision of a retraining, None where none was made yet."""
     try:
-        return _parse(_DECISION, read_bytes(folder / DECISION_FILE), folder / DECISION_FILE)
+        return _decision(read_bytes(folder / DECISION_FILE), folder / DECISION_FILE)
     except FileNotFoundError:
         return None
 
 
-def _parse(kind: TypeAdapter[Any], body: bytes, place: Location) -> Any:
+def _retraining(body: bytes, place: Location) -> Retraining:
+    with _naming(place):
+        return _RETRAINING.validate_json(body)
+
+
+def _ending(body: bytes, place: Location) -> Ending:
+    with _naming(place):
+        return _ENDING.validate_json(body)
+
+
+def _decision(body: bytes, place: Location) -> Decision:
+    with _naming(place):
+        return _DECISION.validate_json(body)
+
+
+@contextmanager
+def _naming(place: Location) -> Iterator[None]:
     try:
-        return kind.validate_json(body)
+        yield
     except ValidationError:
-        raise RunConflictError(f"{place} is not of this version; choose another output, or delete {place}") from None
+        raise RunConflictError(f"{place} is not of this version; restore it, or choose another output") from None

@@ -19,6 +19,7 @@ from crossenc.evaluation.metrics import display_name
 from crossenc.evaluation.results import FIRST_STAGE, Evaluation
 
 _TEMPLATE = Path(__file__).with_name("promotion.md.jinja")
+_UNKNOWN = "\N{EN DASH}"
 _NEXT_HEADINGS = ("\n## Training Details\n", "\n### Lineage\n", "\n### Framework Versions\n", "\n## Citation\n")
 
 
@@ -91,11 +92,11 @@ def _figures(promotion: Promotion) -> dict[str, Any]:
 
 
 def _interval(low: float | None, high: float | None) -> str:
-    return "–" if low is None or high is None else f"[{low:.4f}, {high:.4f}]"
+    return _UNKNOWN if low is None or high is None else f"[{low:.4f}, {high:.4f}]"
 
 
 def _p_value(p: float | None) -> str:
-    return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+    return _UNKNOWN if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _the(system: str) -> str:
