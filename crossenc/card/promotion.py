@@ -86,6 +86,7 @@ def _figures(promotion: Promotion) -> dict[str, Any]:
         )
         for one in promotion.evaluation.collections
         for figure in one.system(promotion.version).figures
+        if figure.difference is not None
     ]
     metrics = sorted({result.metric_type for result in results})
     return {"metrics": metrics, "model-index": eval_results_to_model_index(promotion.name, results)}
