@@ -312,8 +312,8 @@ def _refuse_leaks(job: RetrainJob, fixed: FixedQueries) -> None:
 
 
 def _model_of(job: RetrainJob, version: str | None) -> str:
-    """What a job calls a version's model; the base, where there is no version."""
-    return job.config.base if version is None else _named(registry.model_folder(job.registry, job.config.name, version))
+    """What a step calls a version's model; the base, where there is no version."""
+    return job.config.base if version is None else f"{registry.SCHEME}{job.config.name}@{version}"
 
 
 def _named(place: Location) -> str:

@@ -19,7 +19,7 @@ from pipelines.train_config import TrainConfig
 from pipelines.train_data_config import LabelledData
 
 #: Settings of the steps that are the whole job's.
-_SHARED = ("max_text_bytes", "storage_options", "drain_seconds", "ray_address")
+_SHARED = ("registry", "max_text_bytes", "storage_options", "drain_seconds", "ray_address")
 #: Settings of training that say where and how fast, not what is learned.
 _TRAIN_WITHOUT_EFFECT = {"workers", "checkpoint_minutes", "keep_checkpoints"}
 
@@ -38,6 +38,7 @@ class FixedSet(EvaluateConfig):
     systems: Annotated[tuple[SystemConfig, ...], Field(exclude=True)] = ()
     output: Annotated[str, Field(exclude=True)] = "evaluation"
     baseline: Annotated[str, Field(exclude=True)] = FIRST_STAGE
+    registry: Annotated[str | None, Field(exclude=True)] = None
     max_text_bytes: Annotated[int, Field(exclude=True)] = 0
     storage_options: dict[str, Any] = Field(default_factory=dict, exclude=True, repr=False)
     drain_seconds: Annotated[float, Field(exclude=True)] = 0
@@ -60,6 +61,7 @@ class TrainSection(TrainConfig):
     train: Annotated[LabelledData, Field(exclude=True)] = LabelledData(files="labels")
     model: Annotated[str, Field(exclude=True)] = "start"
     output: Annotated[str, Field(exclude=True)] = "trained"
+    registry: Annotated[str | None, Field(exclude=True)] = None
     max_text_bytes: Annotated[int, Field(exclude=True)] = 0
     storage_options: dict[str, Any] = Field(default_factory=dict, exclude=True, repr=False)
     drain_seconds: Annotated[float, Field(exclude=True)] = 0
@@ -93,6 +95,7 @@ class DistillSection(DistillConfig):
     """The settings of a distillation job, but for those that the retraining job gives it."""
 
     output: Annotated[str, Field(exclude=True)] = "distilled"
+    registry: Annotated[str | None, Field(exclude=True)] = None
     max_text_bytes: Annotated[int, Field(exclude=True)] = 0
     storage_options: dict[str, Any] = Field(default_factory=dict, exclude=True, repr=False)
     drain_seconds: Annotated[float, Field(exclude=True)] = 0

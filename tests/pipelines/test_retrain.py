@@ -85,7 +85,7 @@ def test_three_weeks_promote_do_nothing_refuse_and_promote_again(world):
         folder_of(second).name,
     ]
     started_as = json.loads((folder_of(second) / "trained/model/quality.json").read_text())["of"]
-    assert started_as == str(world.folder / f"registry/reranker/versions/{entry.version}/model")
+    assert started_as == f"registry://reranker@{entry.version}"
     one, ending = read_all(locate(str(world.folder / "out")))[2]
     assert ending is not None and ending.entry == 2 and len(one.files) == 3 and len(one.new_files) == 1
 

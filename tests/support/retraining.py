@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from crossenc.testing import WORDS, tiny_checkpoint
 from pipelines import evaluation, rankings, train
 from pipelines.evaluation_config import EvaluateConfig
+from pipelines.model import checkpoint
 from pipelines.retrain_config import RetrainConfig
 from pipelines.storage import locate, put
 from pipelines.train_config import TrainConfig
@@ -122,11 +123,9 @@ def quick_evaluation(world: World) -> Callable[..., evaluation.Outcome]:
     def quick(config: EvaluateConfig, **arguments: Any) -> evaluation.Outcome:
         systems = []
         for system in config.systems:
-            quality = json.loads(Path(str(system.model), "quality.json").read_text())["quality"]
-            run = {
-                query: found[::-1] if place < quality * len(docs) else found
-                for place, (query, found) in enumerate(docs.items())
-            }
+            model = checkpoint(str(system.model), config.registry, {})
+            num_good = json.loads((model.folder() / "quality.json").read_text())["quality"] * len(docs)
+            run = {query: found[:: -1 if n < num_good else 1] for n, (query, found) in enumerate(docs.items())}
             path = world.folder / f"{system.name}.run"
             path.write_bytes(rankings.trec_run(run))
             systems.append({"name": system.name, "ranking": str(path)})
