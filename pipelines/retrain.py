@@ -339,6 +339,9 @@ def _finish(run: _Run) -> Outcome:
         _decide(run, _evaluate(run))
     decision = records.read_decision(run.folder)
     assert decision is not None, "it was just stored"
+    overtaken = _overtaken(run)
+    if overtaken is not None:
+        return _void(run, overtaken, decision)
     story = _story(run, decision)
     if not decision.promote:
         put(run.folder / REPORT_FILE, render(story, "refused").encode())
@@ -479,12 +482,9 @@ def _story(run: _Run, decision: Decision) -> Story:
 
 
 def _promote(run: _Run, story: Story) -> Outcome:
-    """The candidate becomes the current version, unless the registry was changed since the start."""
+    """The candidate becomes the current version, unless the registry is changed at this very moment."""
     config, one, decision = run.job.config, run.one, story.decision
     run.begin("promote", f"promoting {one.key} …")
-    overtaken = _overtaken(run)
-    if overtaken is not None:
-        return _void(run, overtaken, decision)
     model = _with_card(run, story)
     folders = {registry.MODEL_FOLDER: model, "evaluation": _evaluation_to_keep(run)}
     facts = facts_of(story) | {"lineage": lineage_of(story)}
@@ -505,12 +505,12 @@ def _promote(run: _Run, story: Story) -> Outcome:
 
 
 def _with_card(run: _Run, story: Story) -> Location:
-    """A copy of the trained model whose card tells of the evaluation; the configuration last."""
+    """A copy of the trained model whose card tells of the evaluation. What an earlier attempt wrote stays as it is."""
     source, target = run.folder / f"{records.TRAINED_FOLDER}/{MODEL_FOLDER}", run.folder / f"{PROMOTED_FOLDER}/model"
     start = len(source.uri) + 1
-    for file in sorted(list_files(source), key=lambda file: file.location.name == "config.json"):
+    for file in list_files(source):
         path, body = file.location.uri[start:], read_bytes(file.location)
-        put(target / path, card_of(story, body.decode()).encode() if path == _CARD else body)
+        put_new(target / path, card_of(story, body.decode()).encode() if path == _CARD else body)
     return target
 
 
@@ -519,9 +519,9 @@ def _evaluation_to_keep(run: _Run) -> Location:
     target = run.folder / f"{PROMOTED_FOLDER}/evaluation"
     source = run.folder / records.EVALUATION_FOLDER
     for name in (EVALUATION_FILE, PER_QUERY_FILE, LOSSES_FILE, REPORT_FILE):
-        put(target / name, read_bytes(source / name))
+        put_new(target / name, read_bytes(source / name))
     for name in (records.DECISION_FILE, records.RETRAINING_FILE):
-        put(target / name, read_bytes(run.folder / name))
+        put_new(target / name, read_bytes(run.folder / name))
     return target
 
 

@@ -235,8 +235,14 @@ class RetrainConfig(BaseModel):
             "labels": self.labels.model_dump(mode="json", exclude={"files"}),
             "evaluation": self.evaluation.model_dump(mode="json", exclude={"scoring", "trec_run"})
             | {"scoring": self.evaluation.scoring.result_options()},
-            "mine": self.mine and self.mine.model_dump(mode="json", exclude={"workers"}),
-            "distill": self.distill and self.distill.model_dump(mode="json", exclude={"workers"}),
+            "mine": self.mine
+            and self.mine.model_dump(mode="json", exclude={"workers", "scoring"})
+            | {"scoring": self.mine.scoring.result_options()},
+            "distill": self.distill
+            and self.distill.model_dump(
+                mode="json", exclude={"workers": True, "scoring": True, "student": _TRAIN_WITHOUT_EFFECT}
+            )
+            | {"scoring": self.distill.scoring.result_options()},
             "train": self.train.model_dump(mode="json", exclude=_TRAIN_WITHOUT_EFFECT),
             "gate": asdict(self.gate),
         }

@@ -338,6 +338,9 @@ def test_the_sections_of_the_job_make_the_settings_of_the_steps(world):
     judged = config.evaluate_config({"v1": "a", "v2": "b"}, "v1", "evaluation")
     assert [system.name for system in judged.systems] == ["v1", "v2"] and judged.max_text_bytes == 1000
     assert needs(config, 4)["CPU"] >= 2 * 2
+    faster = config.model_copy(update={"mine": config.mine.model_copy(update={"workers": 4}), "price_per_hour": 2.0})
+    assert faster.result_options() == config.result_options()
+    assert world.config(use="new").result_options() != world.config().result_options()
 
 
 @pytest.mark.parametrize(
