@@ -152,12 +152,14 @@ def test_leaks_are_refused_by_name_and_dropped_where_that_is_asked_for(world):
     assert "2 queries of the labels are judged on, too, in 7 rows" in told and "leaking: drop" in told
     assert f"'judged THE 0' ({leaky.as_uri()}, row 0) is q0 of clicks" in told
     assert not (world.folder / "out/retrainings").exists() and not (world.folder / "registry").exists()
+    world.week(3, num_lists=4, queries=["judged and 2"])
     outcome = go(world, leaking="drop")
     assert outcome.state == "promoted"
     kept = pq.read_table(folder_of(outcome) / "labels/000000-week-2.parquet").column("query").to_pylist()
     assert kept == ["another"] * 3
+    assert not list((folder_of(outcome) / "labels").glob("*week-3*")), "nothing of it is left"
     told = json.loads((folder_of(outcome) / "decision.json").read_text())
-    assert told["leaking_rows_left_out"] == 7 and told["training_rows"] == 12 + 3
+    assert told["leaking_rows_left_out"] == 11 and told["training_rows"] == 12 + 3
 
 
 def test_validation_data_and_candidates_of_teachers_must_not_be_judged_on_either(world):
@@ -172,10 +174,13 @@ def test_validation_data_and_candidates_of_teachers_must_not_be_judged_on_either
         go(world, distill=distill)
 
 
-def test_a_promotion_by_somebody_else_makes_a_retraining_void_and_the_next_one_begins_anew(world, monkeypatch):
+@pytest.mark.parametrize("share_right", [0.0, 1.0])
+def test_a_promotion_by_somebody_else_makes_a_retraining_void_and_the_next_one_begins_anew(
+    world, monkeypatch, share_right
+):
     world.week(1, share_right=0.5)
     go(world)
-    world.week(2, num_lists=80)
+    world.week(2, num_lists=80, share_right=share_right)
     real = retraining.evaluating.evaluate
 
     def overtaken(*arguments, **named):
@@ -191,12 +196,13 @@ def test_a_promotion_by_somebody_else_makes_a_retraining_void_and_the_next_one_b
     monkeypatch.setattr(retraining.evaluating, "evaluate", overtaken)
     void = go(world)
     assert void.state == "void" and "entry 2 of its history, promote of theirs" in void.message
+    assert void.decision is not None and void.decision.promote == (share_right == 1)
     assert [one.version for one in history(world)][1:] == ["theirs"]
     assert "Void" in (folder_of(void) / "report.html").read_text()
     monkeypatch.setattr(retraining.evaluating, "evaluate", real)
     again = go(world)
-    assert again.state == "promoted" and folder_of(again) != folder_of(void)
-    assert again.decision is not None and again.decision.baseline == "theirs" and len(history(world)) == 3
+    assert again.state == ("promoted" if share_right else "refused") and folder_of(again) != folder_of(void)
+    assert again.decision is not None and again.decision.baseline == "theirs"
 
 
 def test_one_that_is_overtaken_before_it_has_decided_trains_no_further(world, monkeypatch):
