@@ -2,6 +2,7 @@
 
 import io
 import random
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from pipelines import registry
 from pipelines.retrain import retrain
 from pipelines.retrain_records import read_all
+from pipelines.status import look_at_retraining
 from pipelines.storage import locate
 from tests.pipelines.test_train import largest_difference
 from tests.support.processes import wait_for
@@ -54,18 +56,22 @@ def test_killed_at_ten_random_moments_it_ends_with_one_promotion_and_the_same_we
     world.week(1, num_lists=64)
     train = {"workers": {"cpus": 1}, "learning_rate": 3e-3, "epochs": 20, "batch_lists": 4, "checkpoint_minutes": 0}
     quiet = write_job(world, "quiet", registry=str(world.folder / "quiet"), output=str(world.folder / "q"), train=train)
+    started = time.monotonic()
     driver = starter.start(quiet, module="jobs.retrain")
     assert driver.wait(300) == 0, driver.tail()
-    job, chance = write_job(world, train=train), random.Random(6)
-    moments = [chance.uniform(2, 25) for _ in range(10)]
-    print("killed after", [round(moment, 1) for moment in moments], "seconds")
-    for moment in moments:
+    undisturbed_seconds = time.monotonic() - started
+    job, chance, at = write_job(world, train=train), random.Random(6), []
+    for _ in range(10):
         driver = starter.start(job, module="jobs.retrain")
         try:
-            driver.wait(moment)
+            driver.wait(chance.uniform(0.2, 0.9) * undisturbed_seconds)
         except TimeoutError:
             driver.kill9()
+            status = look_at_retraining(str(world.folder / "out"), {})
+            at.append(status.steps_to_do[0] if status and status.steps_to_do else "before or after")
         driver.cleanup()
+    print("killed while it was to", ", ".join(at))
+    assert at
     driver = starter.start(job, module="jobs.retrain")
     assert driver.wait(300) == 0, driver.tail()
     [entry] = history(world)
