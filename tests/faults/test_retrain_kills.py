@@ -54,7 +54,7 @@ def weights(world: World, folder: str = "registry") -> dict:
 
 def test_killed_at_ten_random_moments_it_ends_with_one_promotion_and_the_same_weights(world, starter):
     world.week(1, num_lists=64)
-    train = {"workers": {"cpus": 1}, "learning_rate": 3e-3, "epochs": 20, "batch_lists": 4, "checkpoint_minutes": 0}
+    train = {"workers": {"cpus": 1}, "learning_rate": 5e-3, "epochs": 20, "batch_lists": 4, "checkpoint_minutes": 0}
     quiet = write_job(world, "quiet", registry=str(world.folder / "quiet"), output=str(world.folder / "q"), train=train)
     started = time.monotonic()
     driver = starter.start(quiet, module="jobs.retrain")
@@ -85,7 +85,7 @@ def test_killed_at_ten_random_moments_it_ends_with_one_promotion_and_the_same_we
 
 def test_sigterm_stops_it_with_75_and_the_same_command_goes_on(world, starter):
     world.week(1, num_lists=64)
-    train = {"workers": {"cpus": 1}, "learning_rate": 3e-3, "epochs": 60, "batch_lists": 4, "checkpoint_minutes": 0}
+    train = {"workers": {"cpus": 1}, "learning_rate": 5e-3, "epochs": 60, "batch_lists": 4, "checkpoint_minutes": 0}
     job = write_job(world, train=train)
     driver = starter.start(job, module="jobs.retrain")
     driver.wait_until(lambda: bool(list(world.folder.glob("out/retrainings/*/trained/checkpoints/step-*.json"))), 200)
@@ -140,6 +140,7 @@ def test_a_whole_retraining_that_mines_by_the_current_version_and_distils(world,
             "candidates": str(world.folder / "candidates.parquet"),
             "student": {"workers": {"cpus": 0.5}},
         },
+        "train": {"workers": {"cpus": 0.5}, "learning_rate": 5e-3, "epochs": 30, "batch_lists": 4},
     }
     for week in (1, 2):
         judged.iloc[week::2].to_parquet(world.folder / f"labels/week-{week}.parquet", index=False)

@@ -63,7 +63,7 @@ class World:
             "name": "reranker",
             "base": str(self.folder / "base"),
             "output": str(self.folder / "out"),
-            "train": {"workers": {"cpus": 0.5}, "learning_rate": 3e-3, "epochs": 4, "batch_lists": 4},
+            "train": {"workers": {"cpus": 0.5}, "learning_rate": 5e-3, "epochs": 8, "batch_lists": 4},
             **more,
         }
 
