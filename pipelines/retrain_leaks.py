@@ -9,7 +9,7 @@ import io
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -45,10 +45,11 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """A query of the fixed set."""
+    """A query of the fixed set, and what it is known again by."""
 
     collection: str
     query_id: str
+    by: Literal["text", "id"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,8 @@ class Leak:
         text = self.query.text if self.query.text is not None else self.query.query_id or ""
         shown = text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]} …"
         place = f"{self.query.file.location}, row {self.query.row}"
-        return f"{visible(shown)!r} ({place}) is {self.judged.query_id} of {self.judged.collection}"
+        by = " by its id" if self.judged.by == "id" else ""
+        return f"{visible(shown)!r} ({place}) is {self.judged.query_id} of {self.judged.collection}{by}"
 
 
 def normalised(text: str) -> str:
@@ -91,10 +93,10 @@ def fixed_queries(sources: Sequence[Source], max_text_bytes: int) -> FixedQuerie
     for source in sources:
         wanted = set(read_judged(source).qrels)
         for query_id in wanted:
-            by_id.setdefault(query_id, Judged(source.config.name, query_id))
+            by_id.setdefault(query_id, Judged(source.config.name, query_id, "id"))
         for query_id, text in _texts_of(source, wanted, max_text_bytes):
             if text:
-                by_text.setdefault(normalised(text), Judged(source.config.name, query_id))
+                by_text.setdefault(normalised(text), Judged(source.config.name, query_id, "text"))
     return FixedQueries(by_text, by_id)
 
 

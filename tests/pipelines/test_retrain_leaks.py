@@ -111,6 +111,8 @@ def test_labels_given_as_ids_leak_by_their_texts_and_by_their_ids(tmp_path, fixe
     tables = {"queries": str(tmp_path / "q.parquet"), "corpus": str(tmp_path / "c.parquet")}
     data = LabelledData(files=str(tmp_path / "l.parquet"), **tables)
     assert leaks(data, fixed) == [("l.parquet", 1, "q2"), ("l.parquet", 2, "q1")]
+    by_id, by_text = find_leaks(label_queries(data, list_files(data, {}), {}, LIMIT), fixed)
+    assert str(by_id).endswith("is q2 of set by its id") and str(by_text).endswith("is q1 of set")
 
 
 def test_a_file_without_its_leaking_rows_keeps_the_others_as_they_are(tmp_path):
