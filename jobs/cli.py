@@ -2,7 +2,7 @@
 
 import typer
 
-from jobs import distill, evaluate, export, mine, registry, rerank, status, submit, train
+from jobs import distill, evaluate, export, mine, registry, rerank, retrain, status, submit, train
 
 app = typer.Typer(
     name="crossenc",
@@ -16,6 +16,7 @@ app.command("evaluate")(evaluate.command)
 app.command("export")(export.command)
 app.command("mine")(mine.command)
 app.command("distill")(distill.command)
+app.command("retrain")(retrain.command)
 app.command("submit")(submit.command)
 app.command("status")(status.command)
 app.command("models")(registry.models_command)

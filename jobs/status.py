@@ -10,7 +10,7 @@ from rich.table import Table
 
 from jobs import runtime
 from pipelines.progress import visible
-from pipelines.status import RunStatus, TrainStatus, look, look_at_training
+from pipelines.status import RetrainStatus, RunStatus, TrainStatus, look, look_at_retraining, look_at_training
 
 
 def run(output: str, storage_options: dict[str, object] | None = None, *, as_json: bool = False) -> int:
@@ -18,11 +18,13 @@ def run(output: str, storage_options: dict[str, object] | None = None, *, as_jso
 
     def body(_: runtime.StopSignal) -> int:
         options = storage_options or {}
-        status = look_at_training(output, options) or look(output, options)
+        status = look_at_training(output, options) or look_at_retraining(output, options) or look(output, options)
         if as_json:
             Console(soft_wrap=True, highlight=False).print_json(json.dumps(asdict(status)))
         elif isinstance(status, TrainStatus):
             _show_training(status)
+        elif isinstance(status, RetrainStatus):
+            _show_retraining(status)
         else:
             _show(status)
         return runtime.DONE
@@ -54,6 +56,19 @@ def _show_training(status: TrainStatus) -> None:
     table.add_row("checkpoint", f"after step {status.last_step:,}{of_all}" if status.last_step else "none yet")
     for name, value in status.progress.items():
         table.add_row(name.replace("_", " "), "" if value is None else visible(str(value)))
+    console.print(table)
+
+
+def _show_retraining(status: RetrainStatus) -> None:
+    console = Console(highlight=False)
+    console.print(f"[bold]{status.state}[/bold]", f"— {visible(status.detail)}" if status.detail else "")
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("retraining", status.retraining)
+    for name, steps in (("done", status.steps_done), ("to do", status.steps_to_do)):
+        if steps:
+            table.add_row(name, ", ".join(steps))
+    numbers = {"promoted": status.num_promoted, "refused": status.num_refused, "void": status.num_void}
+    table.add_row("so far", ", ".join(f"{number:,} {name}" for name, number in numbers.items()))
     console.print(table)
 
 

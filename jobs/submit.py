@@ -40,6 +40,7 @@ from pipelines.distill_config import DistillConfig
 from pipelines.evaluation_config import EvaluateConfig
 from pipelines.mine_config import MineConfig
 from pipelines.progress import visible
+from pipelines.retrain_config import RetrainConfig
 from pipelines.storage import info, locate, read_bytes, redact, redact_options
 from pipelines.train_config import TrainConfig
 
@@ -49,6 +50,7 @@ CONFIGS: dict[str, type[BaseModel]] = {
     "evaluate": EvaluateConfig,
     "mine": MineConfig,
     "distill": DistillConfig,
+    "retrain": RetrainConfig,
 }
 #: From SIGTERM to SIGKILL a job has its drain_seconds, and these to end in: Ray lets go, leases are released.
 ENDING_SECONDS = 60

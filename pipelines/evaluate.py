@@ -49,19 +49,19 @@ class Evaluation:
     note: str
 
 
-def read_qrels(uri: str, storage_options: Mapping[str, object]) -> Qrels:
-    """Relevance judgements from Parquet (query_id, doc_id, relevance) or a TREC qrels text file.
+def read_qrels(uris: str | tuple[str, ...], storage_options: Mapping[str, object]) -> Qrels:
+    """Relevance judgements from Parquet (query_id, doc_id, relevance) or TREC qrels text files; the last one counts.
 
     Raises InputError naming the file and line where one cannot be understood.
     """
     qrels: dict[str, dict[str, int]] = {}
-    location = locate(uri, dict(storage_options))
-    for file in expand(location, ".parquet"):
+    places = [locate(uri, dict(storage_options)) for uri in ((uris,) if isinstance(uris, str) else uris)]
+    for file in (file for place in places for file in expand(place, ".parquet")):
         rows = _parquet_qrels(file) if file.location.name.endswith(".parquet") else _trec_qrels(file)
         for query_id, doc_id, grade in rows:
             qrels.setdefault(query_id, {})[doc_id] = grade
     if not qrels:
-        raise InputError(f"{location} has no judgements")
+        raise InputError(f"{', '.join(map(str, places))} has no judgements")
     return qrels
 
 

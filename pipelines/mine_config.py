@@ -33,7 +33,10 @@ class MineConfig(BaseModel):
 
     candidates: Annotated[str | tuple[str, ...], Field(description="Parquet file, folder or glob; or a list")] = ()
     reranked: Annotated[str | None, Field(description="output folder of a finished rerank run")] = None
-    qrels: Annotated[str, Field(min_length=1, description="judgements: Parquet or TREC; above 0 is a positive")]
+    qrels: Annotated[
+        str | tuple[str, ...],
+        Field(min_length=1, description="judgements, or a list of them: Parquet or TREC; above 0 is a positive"),
+    ]
     output: Annotated[str, Field(min_length=1, description="folder for the training data; made if absent")]
     layout: Annotated[Literal["auto"] | LayoutName, Field(description="shape of the candidates")] = "auto"
     queries: Annotated[str | None, Field(description="table query_id, text (layout ids)")] = None
@@ -87,6 +90,10 @@ class MineConfig(BaseModel):
     @property
     def candidate_uris(self) -> tuple[str, ...]:
         return (self.candidates,) if isinstance(self.candidates, str) else self.candidates
+
+    @property
+    def qrels_uris(self) -> tuple[str, ...]:
+        return (self.qrels,) if isinstance(self.qrels, str) else self.qrels
 
     @property
     def pass_through(self) -> tuple[str, ...]:

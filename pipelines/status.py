@@ -9,6 +9,7 @@ from typing import Any, Literal
 from crossenc.errors import InputError
 from pipelines import checkpoints, finish, lease, ledger
 from pipelines import plan as plans
+from pipelines import retrain_records as records
 from pipelines.checkpoints import TRAIN_STATE_FILE
 from pipelines.commit import RESULTS_FOLDER, SCORED_FOLDER
 from pipelines.stages import bucket_id
@@ -47,6 +48,45 @@ class TrainStatus:
     progress: Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetrainStatus:
+    """An output of retrainings as it stands: finished means that the last one was decided.
+
+    `retraining` is the last one; `steps_done` and `steps_to_do` are its, empty once it has ended.
+    """
+
+    state: State
+    detail: str
+    retraining: str
+    num_promoted: int
+    num_refused: int
+    num_void: int
+    steps_done: tuple[str, ...]
+    steps_to_do: tuple[str, ...]
+
+
+def look_at_retraining(output_uri: str, storage_options: Mapping[str, Any]) -> RetrainStatus | None:
+    """The status of the retrainings in `output_uri`, None where there are none."""
+    output = locate(output_uri, storage_options)
+    known = records.read_all(output)
+    if not known:
+        return None
+    last, ending = known[-1]
+    state, detail, _ = _state(ending is not None, lease.last_holder(output))
+    steps = records.steps(output, last) if ending is None else []
+    ended = Counter(one.state for _, one in known if one is not None)
+    return RetrainStatus(
+        state=state,
+        detail=ending.reason if ending else detail,
+        retraining=last.key,
+        num_promoted=ended["promoted"],
+        num_refused=ended["refused"],
+        num_void=ended["void"],
+        steps_done=tuple(step.name for step in steps if step.done),
+        steps_to_do=tuple(step.name for step in steps if not step.done),
+    )
+
+
 def look_at_training(output_uri: str, storage_options: Mapping[str, Any]) -> TrainStatus | None:
     """The status of the training run in `output_uri`, None where there is none."""
     output = locate(output_uri, storage_options)
@@ -69,7 +109,7 @@ def look(output_uri: str, storage_options: Mapping[str, Any]) -> RunStatus:
     output = locate(output_uri, storage_options)
     plan = plans.load(output)
     if plan is None:
-        raise InputError(f"{output} holds no run; give the output folder of a rerank or a training job")
+        raise InputError(f"{output} holds no run; give the output folder of a rerank, training or retraining job")
     if "job" in plan.parts:
         raise InputError(
             f"{output} holds a run of `crossenc {plan.parts['job']}`; run its command again to see how it is"

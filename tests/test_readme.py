@@ -18,6 +18,7 @@ from pipelines.config import RerankConfig, ScoringConfig
 from pipelines.distill_config import DistillConfig
 from pipelines.evaluation_config import CollectionConfig, EvaluateConfig
 from pipelines.mine_config import MineConfig
+from pipelines.retrain_config import RetrainConfig
 from pipelines.train_config import TrainConfig
 from tests.support.checkpoints import make_backbone
 from tests.support.collections import make_collection, read_results
@@ -46,6 +47,9 @@ def workplace(tmp_path_factory) -> Path:
     pairs.to_parquet(folder / "candidates.parquet", index=False)
     judged = pairs.groupby("query_id").first().reset_index()[["query_id", "doc_id"]]
     judged.assign(relevance=1).to_parquet(folder / "qrels.parquet", index=False)
+    unseen = pairs.assign(query="unseen " + pairs["query"], document=pairs.text, label=(pairs["rank"] == 1) * 1)
+    (folder / "labels").mkdir()
+    unseen[["query", "document", "label"]].to_parquet(folder / "labels" / "week-1.parquet", index=False)
     for block in blocks("yaml"):
         (folder / block.splitlines()[0].removeprefix("# ")).write_text(block)
     return folder
@@ -69,7 +73,7 @@ def run_here(command: str, folder: Path) -> subprocess.CompletedProcess:
 def test_the_commands_of_the_job_run_in_the_order_of_the_readme(workplace):
     wanted = commands("crossenc ") + commands("python -m jobs.rerank")
     wanted = [command for command in wanted if not command.startswith("crossenc submit")]  # see tests/infra
-    assert len(wanted) == 13
+    assert len(wanted) == 15
     for command in wanted:
         done = run_here(command, workplace) if command.split()[1] in IN_PROCESS else run(command, workplace)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
@@ -164,6 +168,12 @@ def test_every_setting_of_evaluation_is_explained_and_every_explained_setting_ex
         assert {name for cell in cells for name in re.findall(r"`([a-z_]+)`", cell)} == set(kind.model_fields)
 
 
+def test_every_setting_of_retraining_is_explained_and_every_explained_setting_exists():
+    table = README.split("| setting of `retrain` | default | meaning |")[1].split("\n\n")[0]
+    cells = [line.split("|")[1] for line in table.splitlines()[2:]]
+    assert {name for cell in cells for name in re.findall(r"`([a-z_]+)`", cell)} == set(RetrainConfig.model_fields)
+
+
 def test_the_annotated_tree_names_every_module_and_nothing_else():
     tree = README.split("## How it is built")[1].split("```")[1]
     for package in ("crossenc", "pipelines"):
@@ -181,6 +191,7 @@ def test_the_annotated_tree_names_every_module_and_nothing_else():
         ("train", TrainConfig),
         ("distill", DistillConfig),
         ("evaluate", EvaluateConfig),
+        ("retrain", RetrainConfig),
     ],
 )
 def test_the_commented_job_file_is_valid_and_comments_out_what_there_is(name, kind):

@@ -4,6 +4,7 @@ data      what is recorded while a model is made
 dataset   statistics and samples of a dataset
 emissions what training emitted
 render    the card as markdown, from a template
+promotion what it says of the evaluation that a model was promoted by
 """
 
 from crossenc.card.data import CrossEncoderModelCardData, Evaluation, LogRow, ModelFacts

@@ -133,12 +133,15 @@ def test_the_role_may_do_what_a_run_does_and_no_more():
     for path in (
         KUBERAY / "overlays" / "gpu-prod" / "rerank" / "rerank.yaml",
         KUBERAY / "base" / "train" / "train.yaml",
+        KUBERAY / "base" / "retrain" / "retrain.yaml",
     ):
         for key, uri in yaml.safe_load(path.read_text()).items():
             if str(uri).startswith("s3://"):
                 place = "arn:aws:s3:::" + uri.removeprefix("s3://")
                 actions = [a for resource, a in allowed.items() if place.startswith(resource.rstrip("*"))]
-                assert any({"s3:GetObject", *(["s3:PutObject"] if key == "output" else [])} <= a for a in actions), uri
+                assert any(
+                    {"s3:GetObject", *(["s3:PutObject"] if key in ("output", "registry") else [])} <= a for a in actions
+                ), uri
 
 
 def test_the_trust_names_the_accounts_of_the_pods_and_the_overlay_names_the_role():

@@ -11,6 +11,7 @@ import yaml
 from ray.scripts.scripts import start as ray_start
 
 from pipelines.config import RerankConfig
+from pipelines.retrain_config import RetrainConfig
 from pipelines.train_config import TrainConfig
 from tests.infra.manifests import (
     CRDS,
@@ -296,7 +297,8 @@ def test_a_job_cleans_up_and_is_bounded_and_uses_no_fields_that_exclude_each_oth
 
 @every(RAY_JOBS)
 def test_stopping_takes_longer_than_draining(manifest):
-    drain_seconds = max(kind.model_fields["drain_seconds"].default for kind in (RerankConfig, TrainConfig))
+    kinds = (RerankConfig, TrainConfig, RetrainConfig)
+    drain_seconds = max(kind.model_fields["drain_seconds"].default for kind in kinds)
     environment = yaml.safe_load(ray_job_spec(manifest)["runtimeEnvYAML"])["env_vars"]
     assert int(environment["RAY_JOB_STOP_WAIT_TIME_S"]) > drain_seconds
     for pod, spec in pod_specs(manifest).items():
@@ -343,6 +345,15 @@ def test_a_rerank_job_file_is_valid_and_its_actors_fit_the_largest_cluster(path)
 @pytest.mark.parametrize("path", sorted(KUBERAY.rglob("train.yaml")), ids=lambda p: str(p.relative_to(KUBERAY)))
 def test_a_train_job_file_is_valid(path):
     TrainConfig.model_validate(yaml.safe_load(path.read_text()))
+
+
+@pytest.mark.parametrize("path", sorted(KUBERAY.rglob("retrain.yaml")), ids=lambda p: str(p.relative_to(KUBERAY)))
+def test_a_retrain_job_file_is_valid_and_its_workers_fit_the_cluster(path):
+    config = RetrainConfig.model_validate(yaml.safe_load(path.read_text()))
+    (cron,) = documents(KUBERAY / "base" / "retrain" / "raycronjob.yaml")
+    (group,) = ray_job_spec(cron)["rayClusterSpec"]["workerGroupSpecs"]
+    assert config.train.workers.count == config.evaluation.scoring.actors == group["maxReplicas"]
+    assert ray_job_spec(cron)["entrypoint"].endswith(" --refused-ok")
 
 
 def test_the_jobs_differ_in_nothing_but_their_own():

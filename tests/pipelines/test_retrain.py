@@ -1,0 +1,398 @@
+"""Retraining jobs: what is promoted, refused, void or left alone, whatever happens between. A whole one on Ray."""
+
+import io
+import json
+import re
+from pathlib import Path
+
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+from crossenc import CrossEncoder, saving
+from crossenc.errors import ConfigError, InputError, RunConflictError, StorageError
+from crossenc.evaluation.results import FIRST_STAGE
+from jobs import status as status_job
+from pipelines import lease, registry, retrain_records
+from pipelines import retrain as retraining
+from pipelines.retrain import Outcome, describe, needs, resolve, retrain
+from pipelines.retrain_records import read_all
+from pipelines.status import look_at_retraining
+from pipelines.storage import locate
+from tests.support.retraining import World, make_world, quick_evaluation, quick_training
+
+
+@pytest.fixture(scope="session")
+def origin(tmp_path_factory) -> World:
+    return make_world(tmp_path_factory.mktemp("origin"))
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    """A world whose models are trained and scored by stand-ins: everything else is as it is."""
+    monkeypatch.setenv("CROSSENC_CACHE", str(tmp_path / "cache"))
+    world = make_world(tmp_path)
+    monkeypatch.setattr(retraining.training, "train", quick_training(tmp_path / "base"))
+    monkeypatch.setattr(retraining.evaluating, "evaluate", quick_evaluation(world))
+    return world
+
+
+def go(world: World, *, should_stop=lambda: False, new_run=False, **more) -> Outcome:
+    return retrain(world.config(**more), connect=no_ray, stream=io.StringIO(), should_stop=should_stop, new_run=new_run)
+
+
+def no_ray() -> int:
+    raise AssertionError("nothing here needs Ray")
+
+
+def history(world: World) -> tuple[registry.Entry, ...]:
+    return registry.history(locate(str(world.folder / "registry")), "reranker")
+
+
+def folder_of(outcome: Outcome) -> Path:
+    assert outcome.folder is not None
+    return Path(outcome.folder.path)
+
+
+def test_three_weeks_promote_do_nothing_refuse_and_promote_again(world):
+    world.week(1, share_right=0.5)
+    first = go(world)
+    assert first.state == "promoted" and first.decision is not None and first.decision.baseline == FIRST_STAGE
+    [entry] = history(world)
+    assert (entry.version, entry.previous, entry.key) == (folder_of(first).name, None, folder_of(first).name)
+    stored = registry.read_version(locate(str(world.folder / "registry")), "reranker", entry.version)
+    assert stored.parent is None and stored.facts["measure"] == "nDCG@10" and stored.facts["gain"] > 0.2
+    assert {"model/config.json", "model/README.md", "evaluation/evaluation.json", "evaluation/decision.json"} <= {
+        file.path for file in stored.files
+    }
+    assert not [file.path for file in stored.files if "runs/" in file.path]
+
+    nothing = go(world)
+    assert nothing.state == "nothing new" and entry.version in nothing.message and len(history(world)) == 1
+
+    world.week(2, share_right=0.2)
+    refused = go(world)
+    assert refused.state == "refused" and refused.decision is not None and refused.decision.baseline == entry.version
+    assert "a gain is asked for" in refused.message and "not below 0.05" in refused.message
+    assert len(history(world)) == 1 and (folder_of(refused) / "trained/model/config.json").exists()
+    assert "Refused" in (folder_of(refused) / "report.html").read_text()
+    assert go(world).state == "nothing new", "labels of a refused retraining are not tried again by themselves"
+
+    world.week(3, num_lists=80)
+    second = go(world)
+    assert second.state == "promoted" and [one.version for one in history(world)] == [
+        entry.version,
+        folder_of(second).name,
+    ]
+    started_as = json.loads((folder_of(second) / "trained/model/quality.json").read_text())["of"]
+    assert started_as == f"registry://reranker@{entry.version}"
+    one, ending = read_all(locate(str(world.folder / "out")))[2]
+    assert ending is not None and ending.entry == 2 and len(one.files) == 3 and len(one.new_files) == 1
+
+
+def test_only_new_labels_are_trained_on_where_that_is_asked_for(world):
+    world.week(1, share_right=0.5)
+    go(world, use="new")
+    world.week(2)
+    outcome = go(world, use="new")
+    [(one, _)] = read_all(locate(str(world.folder / "out")))[1:]
+    assert outcome.state == "promoted" and [Path(file.uri).name for file in one.files] == ["week-2.parquet"]
+
+
+def test_a_decision_is_told_to_people_and_to_programs(world):
+    world.week(1)
+    outcome = go(world, price_per_hour=36, gate={"segment_floors": {"market": -0.5}})
+    told = json.loads((folder_of(outcome) / "decision.json").read_text())
+    assert told["promote"] is True and told["reasons"] == [check["words"] for check in told["checks"]]
+    assert told["new_label_files"] == [(world.folder / "labels/week-1.parquet").as_uri()]
+    assert told["gate"]["max_p"] == 0.05 and told["lineage"]["Training data"] == "b"
+    page = (folder_of(outcome) / "report.html").read_text()
+    for part in ("Promoted", "holds", "week-1.parquet", "evaluation/report.html", "clicks", "Training data"):
+        assert part in page
+    assert not re.search(r"<script|\bsrc=|http", page)
+    entry = history(world)[0]
+    card = (world.folder / f"registry/reranker/versions/{entry.version}/model/README.md").read_text()
+    for part in (
+        "promoted over the first stage",
+        "market: de",
+        "| **nDCG@10** |",
+        "0.90 at 36.00 an hour",
+        "### Where",
+    ):
+        assert part in card, part
+    assert card.index("### On clicks") < card.index("## Training Details") and "model-index" in card.split("---")[1]
+
+
+def test_judgements_become_lists_with_mined_negatives(world):
+    pairs = pd.read_parquet(world.folder / "fixed.parquet")
+    pairs["query_id"] = "t" + pairs["query_id"]
+    pairs["query"] = "training " + pairs["query"]
+    pairs.to_parquet(world.folder / "candidates.parquet", index=False)
+    queries = pairs[["query_id", "query"]].drop_duplicates().rename(columns={"query": "text"})
+    queries.to_parquet(world.folder / "queries.parquet", index=False)
+    pairs[["doc_id", "text"]].drop_duplicates().to_parquet(world.folder / "corpus.parquet", index=False)
+    (world.folder / "labels").mkdir()
+    judged = pairs[pairs["rank"] == 5].assign(label=1)[["query_id", "doc_id", "label"]]
+    for week in (1, 2):
+        judged.iloc[week::2].to_parquet(world.folder / f"labels/week-{week}.parquet", index=False)
+    tables = {"queries": str(world.folder / "queries.parquet"), "corpus": str(world.folder / "corpus.parquet")}
+    mine = {"candidates": str(world.folder / "candidates.parquet"), "num_negatives": 2}
+    outcome = go(world, labels={"files": str(world.folder / "labels"), **tables}, mine=mine)
+    assert outcome.state == "promoted", outcome.message
+    lists = pq.read_table(folder_of(outcome) / "mined/data").to_pylist()
+    assert len(lists) == 39 and all(row["labels"] == [1.0, 0.0, 0.0] for row in lists)
+
+
+def test_leaks_are_refused_by_name_and_dropped_where_that_is_asked_for(world):
+    world.week(1)
+    leaky = world.week(2, num_lists=10, queries=["judged THE 0", "\uff4audged of\u00a0 1", "another"])
+    with pytest.raises(InputError) as error:
+        go(world)
+    told = str(error.value)
+    assert "2 queries of the labels are judged on, too, in 7 rows" in told and "leaking: drop" in told
+    assert f"'judged THE 0' ({leaky.as_uri()}, row 0) is q0 of clicks" in told
+    assert not (world.folder / "out/retrainings").exists() and not (world.folder / "registry").exists()
+    world.week(3, num_lists=4, queries=["judged and 2"])
+    outcome = go(world, leaking="drop")
+    assert outcome.state == "promoted"
+    kept = pq.read_table(folder_of(outcome) / "labels/000000-week-2.parquet").column("query").to_pylist()
+    assert kept == ["another"] * 3
+    assert not list((folder_of(outcome) / "labels").glob("*week-3*")), "nothing of it is left"
+    told = json.loads((folder_of(outcome) / "decision.json").read_text())
+    assert told["leaking_rows_left_out"] == 11 and told["training_rows"] == 12 + 3
+
+
+def test_validation_data_and_candidates_of_teachers_must_not_be_judged_on_either(world):
+    world.week(1)
+    world.week(2, queries=["judged the 0"]).rename(world.folder / "dev.parquet")
+    train = {"validation": str(world.folder / "dev.parquet")}
+    with pytest.raises(InputError, match=r"1 queries of train\.validation .*\n.*is q0 of clicks\n.*validation data"):
+        go(world, train=train)
+    pd.read_parquet(world.folder / "fixed.parquet").query("query_id == 'q3'").to_parquet(world.folder / "c.parquet")
+    distill = {"teachers": str(world.folder / "base"), "candidates": str(world.folder / "c.parquet")}
+    with pytest.raises(InputError, match=r"1 queries of distill\.candidates"):
+        go(world, distill=distill)
+
+
+@pytest.mark.parametrize("share_right", [0.0, 1.0])
+def test_a_promotion_by_somebody_else_makes_a_retraining_void_and_the_next_one_begins_anew(
+    world, monkeypatch, share_right
+):
+    world.week(1, share_right=0.5)
+    go(world)
+    world.week(2, num_lists=80, share_right=share_right)
+    real = retraining.evaluating.evaluate
+
+    def overtaken(*arguments, **named):
+        found = real(*arguments, **named)
+        place = locate(str(world.folder / "registry"))
+        registry.store_version(
+            place, "reranker", "theirs", {"model": locate(str(world.folder / "base"))}, parent=None, facts={}
+        )
+        registry.promote(place, "reranker", "theirs", reason="a hotfix", key="theirs")
+        return found
+
+    (world.folder / "base/quality.json").write_text('{"quality": 0.1}')
+    monkeypatch.setattr(retraining.evaluating, "evaluate", overtaken)
+    void = go(world)
+    assert void.state == "void" and "entry 2 of its history, promote of theirs" in void.message
+    assert void.decision is not None and void.decision.promote == (share_right == 1)
+    assert [one.version for one in history(world)][1:] == ["theirs"]
+    assert "Void" in (folder_of(void) / "report.html").read_text()
+    monkeypatch.setattr(retraining.evaluating, "evaluate", real)
+    again = go(world)
+    assert again.state == ("promoted" if share_right else "refused") and folder_of(again) != folder_of(void)
+    assert again.decision is not None and again.decision.baseline == "theirs"
+
+
+def test_one_that_is_overtaken_before_it_has_decided_trains_no_further(world, monkeypatch):
+    world.week(1)
+    monkeypatch.setattr(retraining.training, "train", lambda *_, **__: pytest.fail("it was overtaken"))
+    real = registry.history
+    job = resolve(world.config())
+    made = retraining._make(job, [])
+    assert made is not None
+    retrain_records.begin(job.output, made)
+    place = job.registry
+    registry.store_version(
+        place, "reranker", "theirs", {"model": locate(str(world.folder / "base"))}, parent=None, facts={}
+    )
+    registry.promote(place, "reranker", "theirs", reason="a hotfix", key="theirs")
+    assert go(world).state == "void" and len(real(place, "reranker")) == 1
+
+
+class KilledError(BaseException):
+    """Stands for SIGKILL: nothing catches it."""
+
+
+def test_killed_again_and_again_while_it_writes_it_ends_with_one_promotion_and_one_entry(world, monkeypatch):
+    world.week(1)
+    left = [0]
+    modules = [module for module in vars(retraining).values() if hasattr(module, "put_new")]
+
+    def deadly(real):
+        def write(*arguments):
+            if left[0] == 0:
+                raise KilledError
+            left[0] -= 1
+            return real(*arguments)
+
+        return write
+
+    for module in {retraining, *modules} - {lease}:  # a lease that is not released would only be waited for
+        for name in ("put", "put_new", "put_if"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, deadly(getattr(module, name)))
+    num_kills, outcome = 0, None
+    while outcome is None:
+        left[0] = 2 * num_kills  # so that each attempt dies elsewhere, and the last one comes to the end
+        try:
+            outcome = go(world)
+        except KilledError:
+            num_kills += 1
+    assert num_kills >= 10 and outcome.state == "promoted"
+    [entry] = history(world)
+    [(one, ending)] = read_all(locate(str(world.folder / "out")))
+    assert entry.key == one.key and ending is not None and ending.entry == 1
+    place = locate(str(world.folder / "registry"))
+    registry.verify(place, registry.read_version(place, "reranker", entry.version))
+
+
+def test_an_unfinished_one_goes_on_as_it_set_out_or_is_given_up(world, monkeypatch):
+    world.week(1)
+    assert go(world, should_stop=lambda: True).state == "stopped"
+    assert look_at_retraining(str(world.folder / "out"), {}).steps_to_do == ("evaluate", "decide", "promote or refuse")
+    world.week(2)
+    with pytest.raises(RunConflictError, match=r"(?s)option train: was .*epochs.*start over with --new-run"):
+        go(world, train={"epochs": 9})
+    outcome = go(world)
+    [(one, _)] = read_all(locate(str(world.folder / "out")))
+    assert outcome.state == "promoted" and [Path(file.uri).name for file in one.files] == ["week-1.parquet"]
+
+    assert go(world, should_stop=lambda: True).state == "stopped"
+    world.week(2, num_lists=5)
+    with pytest.raises(RunConflictError, match=r"week-2\.parquet was changed or removed since"):
+        go(world)
+    assert go(world, new_run=True).state in ("promoted", "refused")
+    assert [ending.state for _, ending in read_all(locate(str(world.folder / "out")))][1] == "void"
+
+
+def test_a_promoted_model_is_pushed_once_and_a_failed_upload_is_tried_again(world, monkeypatch):
+    world.week(1)
+    calls = []
+
+    class Hub:
+        def __init__(self, token=None):
+            self.answers = len(calls) > 1
+
+        def create_repo(self, repo_id, **settings):
+            calls.append((repo_id, settings["private"], settings["exist_ok"]))
+            if not self.answers:
+                raise ConnectionError("the hub is away")
+            return type("Place", (), {"repo_id": repo_id})
+
+        def upload_folder(self, *, folder_path, **settings):
+            calls.append(("promoted over" in Path(folder_path, "README.md").read_text(), settings["commit_message"]))
+            return type("Done", (), {"commit_url": "https://hub/commit/1", "pr_url": None})
+
+    monkeypatch.setattr(saving, "HfApi", Hub)
+    for _ in range(2):
+        with pytest.raises(
+            StorageError, match="was promoted, but could not be uploaded to owner/name: the hub is away"
+        ):
+            go(world, push="owner/name")
+    assert len(history(world)) == 1
+    outcome = go(world, push="owner/name")
+    assert outcome.state == "promoted" and "https://hub/commit/1" in outcome.message and len(history(world)) == 1
+    assert calls[2:] == [("owner/name", True, True), (True, f"Version {folder_of(outcome).name}")]
+    assert go(world, push="owner/name").state == "nothing new" and len(calls) == 4
+
+
+def test_a_dry_run_and_the_status_say_what_is_to_do_and_write_nothing(world, capsys):
+    world.week(1)
+    lines = "\n".join(describe(resolve(world.config())))
+    assert "none; " in lines and "week-1.parquet" in lines and "to do        train" in lines
+    assert not (world.folder / "out").exists()
+    go(world, should_stop=lambda: True)
+    lines = "\n".join(describe(resolve(world.config())))
+    assert "goes on with" in lines and "done         train" in lines and "to do        evaluate" in lines
+    assert status_job.run(str(world.folder / "out")) == 0
+    assert "resumable" in capsys.readouterr().out
+    go(world)
+    assert "none of them new: nothing to do" in "\n".join(describe(resolve(world.config())))
+    status_job.run(str(world.folder / "out"))
+    out = capsys.readouterr().out
+    assert "finished" in out and "1 promoted, 0 refused, 0 void" in out
+
+
+def test_the_sections_of_the_job_make_the_settings_of_the_steps(world):
+    tables = {"queries": "q.parquet", "corpus": "c.parquet"}
+    config = world.config(
+        labels={"files": "labels", **tables},
+        mine={"candidates": "cand.parquet", **tables, "num_negatives": 3, "scoring": {"actors": 2}},
+        distill={"teachers": "big", "candidates": "cand.parquet", "student": {"epochs": 2}},
+        max_text_bytes=1000,
+        drain_seconds=7,
+    )
+    scored = config.rerank_config("current", "reranked")
+    assert (scored.model, scored.scoring.actors, scored.queries, scored.drain_seconds) == ("current", 2, "q.parquet", 7)
+    by_score, by_rank = config.mine_config(("a", "b"), "reranked", "m"), config.mine_config(("a",), None, "m")
+    assert by_score.reranked == "reranked" and not by_score.candidate_uris and by_score.qrels == ("a", "b")
+    assert by_rank.candidate_uris == ("cand.parquet",) and by_rank.num_negatives == 3
+    student = config.distill_config("current", "distilled").student
+    assert (student.model, student.epochs, student.loss.name) == ("current", 2, "kl_distillation")
+    judged = config.evaluate_config({"v1": "a", "v2": "b"}, "v1", "evaluation")
+    assert [system.name for system in judged.systems] == ["v1", "v2"] and judged.max_text_bytes == 1000
+    assert needs(config, 4)["CPU"] >= 2 * 2
+    faster = config.model_copy(update={"mine": config.mine.model_copy(update={"workers": 4}), "price_per_hour": 2.0})
+    assert faster.result_options() == config.result_options()
+    assert world.config(use="new").result_options() != world.config().result_options()
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"gate": {"max_pp": 0.1}}, r"unknown key max_pp; did you mean max_p\?"),
+        ({"gate": {"metric": "AP"}}, "gate.metric is AP, but the first of evaluation.measures is nDCG@10"),
+        ({"gate": {"collection": "other"}}, "evaluation has clicks"),
+        ({"gate": {"segment_floors": {"colour": -0.1}}}, "no collection of evaluation has colour"),
+        ({"train": {"model": "x"}}, "model is given by the retraining job"),
+        ({"train": {"drain_seconds": 3}}, "set it beside train"),
+        ({"mine": {"candidates": "c"}}, "mine needs labels that are judgements"),
+        (
+            {"distill": {"teachers": "t", "candidates": "c", "student_layers": 2}},
+            "leave student.model and student_layers",
+        ),
+        ({"push": "name"}, "write owner/name"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_with_the_remedy(world, settings, says):
+    with pytest.raises(ValueError, match=says):
+        world.config(**settings)
+
+
+def test_a_collection_without_texts_is_refused_before_any_work(world):
+    world.week(1)
+    pairs = pd.read_parquet(world.folder / "fixed.parquet")
+    pairs[["query_id", "doc_id", "rank"]].to_parquet(world.folder / "fixed.parquet", index=False)
+    with pytest.raises(ConfigError, match="clicks has no texts for a model to read"):
+        go(world)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_whole_retraining_promotes_a_model_that_beats_the_first_stage(tmp_path, monkeypatch):
+    monkeypatch.setenv("CROSSENC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    world = make_world(tmp_path)
+    world.week(1, num_lists=64)
+    config = world.config()
+    outcome = retrain(config, connect=lambda: 2, stream=io.StringIO())
+    assert outcome.state == "promoted", outcome.message
+    version, place = registry.resolve("registry://reranker", locate(str(tmp_path / "registry")))
+    model = CrossEncoder(place.path, device="cpu")
+    wet, dry = model.predict([("city", "the water of the city"), ("city", "the bread of the city")])
+    assert wet > dry and version.version == folder_of(outcome).name
+    card = Path(place.path, "README.md").read_text()
+    assert "pairs a second of one scorer on the CPU" in card and "### Training Logs" in card
+    again = retrain(config, connect=no_ray, stream=io.StringIO())
+    assert again.state == "nothing new" and len(history(world)) == 1
