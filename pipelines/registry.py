@@ -104,7 +104,7 @@ def store_version(
     """
     place = _version_folder(registry, name, version)
     sources = _sources(folders)
-    files = tuple(_in_parallel(lambda path: _copy(sources[path], place, path), sorted(sources)))
+    files = tuple(_copy(sources[path], place, path) for path in sorted(sources))  # one by one: weights are large
     _refuse_extra(place, files)
     made = Version(name, version, _now(), parent, files, dict(facts))
     body = json.dumps({"format": FORMAT} | asdict(made), indent=1, sort_keys=True).encode()
@@ -247,18 +247,18 @@ def current(registry: Location, name: str) -> Entry | None:
 
 def _newest(registry: Location, name: str) -> Entry | None:
     places = _entries(registry, name)
-    return _read_entry(max(places)[1]) if places else None
+    return _read_entry(places[max(places)]) if places else None
 
 
 def history(registry: Location, name: str) -> tuple[Entry, ...]:
     """All entries, in order. Raises RunConflictError for one that cannot be read."""
-    return tuple(_in_parallel(_read_entry, [place for _, place in sorted(_entries(registry, name))]))
+    return tuple(_in_parallel(_read_entry, [place for _, place in sorted(_entries(registry, name).items())]))
 
 
-def _entries(registry: Location, name: str) -> list[tuple[int, Location]]:
-    """The number and the place of each entry."""
+def _entries(registry: Location, name: str) -> dict[int, Location]:
+    """Where each entry is, by number."""
     places = [file.location for file in list_files(_folder(registry, name) / HISTORY_FOLDER)]
-    return [(int(place.name[:-5]), place) for place in places if re.fullmatch(r"\d{6,}\.json", place.name)]
+    return {int(place.name[:-5]): place for place in places if re.fullmatch(r"\d{6,}\.json", place.name)}
 
 
 def versions(registry: Location, name: str) -> tuple[Version, ...]:
@@ -301,15 +301,13 @@ def verify(registry: Location, version: Version) -> None:
     """Reads every file of a version. Raises RunConflictError for the first that was altered, removed or added."""
     place = _version_folder(registry, version.name, version.version)
 
-    def check(file: StoredFile) -> None:
+    for file in version.files:
         try:
-            body = read_bytes(place / file.path)
+            digest = hashlib.sha256(read_bytes(place / file.path)).hexdigest()
         except FileNotFoundError:
-            body = None
-        if body is None or hashlib.sha256(body).hexdigest() != file.sha256:
-            raise RunConflictError(_changed(place, file, body is None))
-
-    _in_parallel(check, version.files)
+            digest = ""
+        if digest != file.sha256:
+            raise RunConflictError(_changed(place, file, not digest))
     _refuse_extra(place, version.files)
 
 
