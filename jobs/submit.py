@@ -7,6 +7,7 @@ output, so it is the lock of a run on its cluster; across clusters the lease in 
 import asyncio
 import contextlib
 import hashlib
+import logging
 import math
 import os
 import re
@@ -122,6 +123,7 @@ def _client(address: str) -> JobSubmissionClient:
         )
     for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):  # Ray takes them for more than the address that it is given
         os.environ.pop(name, None)
+    logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)  # it tells of each upload
     return JobSubmissionClient(address.rstrip("/"))
 
 

@@ -1,4 +1,4 @@
-"""A Ray head with its dashboard, started by `ray start` on loopback alone, with tokens on: what jobs are submitted to.
+"""A Ray head with its dashboard on loopback, started by `ray start` with tokens on: what jobs are submitted to.
 
 It has ports and a folder of its own and ends with its own processes, so other clusters of the machine are left alone.
 """
@@ -65,7 +65,7 @@ def ray_head(logs: Path, num_cpus: int = 4) -> Iterator[Head]:
         (folder / "token").write_text(token)
         ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
         command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block"]
-        command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--temp-dir={folder / 'ray'}"]
+        command += ["--dashboard-host=127.0.0.1", f"--temp-dir={folder / 'ray'}"]
         command += [f"--num-cpus={num_cpus}", f"--object-store-memory={150 << 20}"]
         command += [f"--{name}={port}" for name, port in ports.items()]
         auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}

@@ -1,11 +1,14 @@
 """A Ray cluster of several nodes on this machine, whose nodes can be killed, drained and replaced.
 
 The nodes belong to a process of their own (`python -m tests.support.ray_nodes`, told by lines of JSON what to do), so
-everything ends with it. The head takes no work; drivers run on it, as processes of their own.
+everything ends with it. The head takes no work; drivers run on it, as processes of their own. Who has not its
+token is refused.
 """
 
+import contextlib
 import json
 import os
+import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -54,7 +57,9 @@ class Nodes:
     @property
     def driver_env(self) -> dict[str, str]:
         """What drivers of this cluster need in their environment."""
-        return {name: self.env[name] for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_TMPDIR", *_HEALTH)}
+        return {
+            name: self.env[name] for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_TMPDIR", *_HEALTH)
+        }
 
     def add(self, num_cpus: int = 2) -> WorkerNode:
         """A new node with so many CPUs."""
@@ -96,6 +101,10 @@ class Nodes:
         below = children(self.host.pid)
         _kill(psutil.Process(self.host.pid))
         self.host.wait()
+        for pipe in (self.host.stdin, self.host.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
         for process in below:
             for child in (*children(process.pid), process):
                 _kill(child)
@@ -107,7 +116,8 @@ def ray_nodes(logs: Path, num_workers: int = 2, num_cpus: int = 2, object_store_
     logs.mkdir(parents=True, exist_ok=True)
     # pytest's own folders are too long for the names of Ray's sockets.
     with TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder, (logs / "nodes.txt").open("w") as log:
-        env = {**os.environ, **_HEALTH, "RAY_TMPDIR": folder, "RAY_AUTH_MODE": "disabled"}
+        auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(24)}
+        env = {**os.environ, **_HEALTH, **auth, "RAY_TMPDIR": folder}
         command = [sys.executable, "-m", "tests.support.ray_nodes", str(object_store_mb)]
         host = subprocess.Popen(
             command,
@@ -141,11 +151,11 @@ def main(object_store_mb: int) -> None:
         request, reply = json.loads(line), {}
         if request["do"] == "begin":
             head = {"num_cpus": 0, "object_store_memory": object_store_mb << 20, "include_dashboard": False}
-            cluster = Cluster(initialize_head=True, head_node_args={**head, "node_ip_address": "127.0.0.1"})
+            cluster = Cluster(initialize_head=True, head_node_args=head)
             reply = {"address": cluster.address, "gcs_pid": _pid(cluster.head_node, "gcs_server")}
         elif request["do"] == "add":
             size = {"num_cpus": request["num_cpus"], "object_store_memory": request["object_store_mb"] << 20}
-            node = cluster.add_node(**size, node_ip_address="127.0.0.1")
+            node = cluster.add_node(**size)
             nodes[node.node_id] = node
             reply = {"node_id": node.node_id, "raylet_pid": _pid(node, "raylet")}
         elif request["do"] == "remove":
