@@ -62,7 +62,7 @@ _PERMANENT_CLIENT_ERRORS = (
 )
 _SECRET_NAMES = re.compile(r"secret|token|password|key$|credential|sas", re.IGNORECASE)
 _SECRET_PATTERNS = (
-    (re.compile(r"(?<=://)[^/@\s]+@"), "***@"),
+    (re.compile(r"(?<!registry://)(?<=://)[^/@\s]+@"), "***@"),  # registry://name@version holds no secret
     (re.compile(r"(?<=://)[^/@\s:]+:[^@\s]+@"), "***@"),  # a secret key may hold slashes
     (re.compile(r"\b(AKIA|ASIA)[0-9A-Z]{16}\b"), "***"),
     (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), "***"),

@@ -159,6 +159,11 @@ def test_an_ordinary_endpoint_is_accepted():
 # --- secrets
 
 
+def test_redact_leaves_the_versions_of_a_registry_readable():
+    assert redact("the model is registry://ranker@v1") == "the model is registry://ranker@v1"
+    assert redact("registry://user:secret@host s3://key@bucket") == "registry://***@host s3://***@bucket"
+
+
 def test_redact_takes_out_everything_that_looks_like_a_credential(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hub-token-from-the-environment")
     text = (
