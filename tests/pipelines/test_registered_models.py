@@ -52,7 +52,7 @@ def models(scene, tmp_path) -> Location:
 
 def job(scene: Path, models: Location, output: Path, **more) -> RerankConfig:
     settings = {"candidates": str(scene / "pairs.parquet"), "registry": models.uri, "output": str(output)}
-    return RerankConfig.model_validate(NEEDED | settings | {"shard_candidates": 20} | more)
+    return RerankConfig.model_validate(NEEDED | settings | more)
 
 
 def run(config: RerankConfig, **more) -> tuple[reranking.Outcome, list[str]]:
@@ -105,12 +105,14 @@ def test_a_run_stays_with_its_version_and_the_next_one_follows_promotion_and_rol
 @pytest.mark.faults
 def test_a_promotion_while_a_run_is_stopped_half_way_mixes_nothing(scene, models, tmp_path, ray_cluster):
     output = tmp_path / "out"
-    stopped, _ = run(job(scene, models, output), should_stop=lambda: any((output / "results").glob("*.parquet")))
+    stopped, _ = run(
+        job(scene, models, output, shard_candidates=20), should_stop=lambda: any((output / "results").glob("*.parquet"))
+    )
     assert stopped.state == "stopped" and part_bytes(output)
     promote(models, "ranker", "v2", reason="better", key="v2")
-    assert run(job(scene, models, output))[0].state == "done"
+    assert run(job(scene, models, output, shard_candidates=20))[0].state == "done"
     assert is_ranked_by(scene / "v1", output, scene)
-    assert run(job(scene, models, output), new_run=True)[0].state == "done"
+    assert run(job(scene, models, output, shard_candidates=20), new_run=True)[0].state == "done"
     assert is_ranked_by(scene / "v2", output, scene)
 
 
