@@ -100,6 +100,7 @@ def check(scene: Scene, driver: DriverProcess, folder: Path, timeout_seconds: fl
 def test_a_killed_raylet_costs_nothing(scene, nodes, starter, tmp_path):
     driver = begin(starter, nodes, scene.job(tmp_path))
     scoring_node(nodes).kill_raylet()
+    nodes.add()
     check(scene, driver, tmp_path)
 
 

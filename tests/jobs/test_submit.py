@@ -21,6 +21,7 @@ from pipelines import status
 from tests.pipelines.test_train import largest_difference, write_lists
 from tests.support.collections import make_collection, part_bytes, parts, read_results
 from tests.support.ray_head import CROSSENC, ROOT, Head, ray_head
+from tests.support.retraining import make_world
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -114,7 +115,7 @@ def test_no_token_at_all_is_refused_with_what_to_set(head, data, tmp_path):
 @pytest.mark.faults
 def test_a_stopped_rerank_drains_ends_resumable_and_the_next_submission_ends_like_an_undisturbed_one(head, tmp_path):
     tiny_checkpoint(tmp_path / "model", max_length=512, hidden_size=256, num_layers=8)
-    candidates = make_collection(tmp_path / "in", num_queries=60).write("pairs")["candidates"]
+    candidates = make_collection(tmp_path / "in", num_queries=100).write("pairs")["candidates"]
     settings = {"candidates": candidates, "model": str(tmp_path / "model"), "shard_candidates": 20}
     for name in ("oracle", "stopped"):
         write(tmp_path / f"{name}.yaml", {**settings, "output": str(tmp_path / name)})
@@ -131,7 +132,7 @@ def test_a_stopped_rerank_drains_ends_resumable_and_the_next_submission_ends_lik
     known = details(head, submitted_id(first))
     assert known["status"] == "STOPPED"
     before = parts(output)
-    assert 2 <= len(before) < 30 and status.look(str(output), {}).state == "resumable"
+    assert 2 <= len(before) < 50 and status.look(str(output), {}).state == "resumable"
     log = urllib.request.Request(
         f"{head.address}/api/jobs/{submitted_id(first)}/logs", headers={"Authorization": f"Bearer {head.token}"}
     )
@@ -198,6 +199,23 @@ def test_a_stopped_training_goes_on_from_its_checkpoint_and_ends_with_the_weight
     assert head.submit("train", plain, "--follow", "--working-dir", str(tmp_path / "plain")).returncode == 0
     weights = [load_file(folder / "out" / "model" / "model.safetensors") for folder in (tmp_path, tmp_path / "plain")]
     assert largest_difference(*weights) < 1e-6
+
+
+@pytest.mark.faults
+def test_a_stopped_retraining_goes_on_and_promotes_its_model(head, tmp_path):
+    world = make_world(tmp_path)
+    world.week(1, num_lists=64)
+    training = world.settings()["train"] | {"checkpoint_minutes": 0}
+    job = write(tmp_path / "retrain.yaml", world.settings(train=training))
+    assert head.submit("retrain", job).returncode == 0
+    wait_for(lambda: bool(list((tmp_path / "out").glob("*/trained/checkpoints/step-*.json"))))
+    stopped = head.submit("retrain", job, "--stop")
+    assert stopped.returncode == 0, stopped.stderr
+    assert not list((tmp_path / "registry").rglob("model/config.json"))
+    done = head.submit("retrain", job, "--follow")
+    assert done.returncode == 0 and "promoted" in done.stdout, done.stdout + done.stderr
+    again = head.submit("retrain", job, "--follow")
+    assert again.returncode == 0 and "nothing new" in again.stdout, again.stdout + again.stderr
 
 
 @pytest.mark.faults

@@ -42,7 +42,7 @@ class Head:
         """Runs `crossenc submit words`."""
         return self.run("submit", *words, **env)
 
-    def run(self, *words: str, timeout_seconds: float = 280, **env: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *words: str, timeout_seconds: float = 600, **env: str) -> subprocess.CompletedProcess[str]:
         """Runs `crossenc words` as a client of this head."""
         return subprocess.run(
             [*CROSSENC, *words],
