@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from crossenc.evaluation.results import FIRST_STAGE
-from jobs import rerank, retrain
+from jobs import rerank, retrain, runtime
 from jobs.demo.finetune import backbone_folder
 from pipelines import registry
 from pipelines.evaluation_output import load
@@ -59,6 +59,8 @@ def main() -> None:
             pq.write_table(pa.Table.from_pylist(lists), path)
         started = time.monotonic()
         code = retrain.run(job)
+        if code not in (runtime.DONE, retrain.REFUSED):
+            raise SystemExit(code)
         table.add_row(*row(given.output, number, len(lists), code, (time.monotonic() - started) / 60))
     console.rule("rollback")
     console.print(roll_back(given.output))
