@@ -379,6 +379,7 @@ def test_a_collection_without_texts_is_refused_before_any_work(world):
         go(world)
 
 
+@pytest.mark.faults
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_whole_retraining_promotes_a_model_that_beats_the_first_stage(tmp_path, monkeypatch):
     monkeypatch.setenv("CROSSENC_CACHE", str(tmp_path / "cache"))

@@ -138,6 +138,7 @@ def test_a_finished_run_is_not_run_again_and_another_one_is_refused(scene, undis
         run(config(scene, undisturbed, learning_rate=1e-4))
 
 
+@pytest.mark.faults
 def test_a_run_that_was_stopped_goes_on_to_the_weights_of_an_undisturbed_one(scene, undisturbed, run, tmp_path):
     output = tmp_path / "out"
     settings = config(scene, output, checkpoint_minutes=0, keep_checkpoints=50)
