@@ -159,11 +159,13 @@ def _cores() -> int:
 
 @contextlib.contextmanager
 def disconnected_at_end() -> Iterator[None]:
-    """Shuts Ray down when the block ends, however it ends."""
+    """Shuts Ray down when the block ends, however it ends, unless it ran before."""
+    is_ours = not ray.is_initialized()
     try:
         yield
     finally:
-        ray.shutdown()
+        if is_ours:
+            ray.shutdown()
 
 
 def run(job: Callable[[StopSignal], int]) -> int:

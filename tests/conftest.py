@@ -2,7 +2,7 @@
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,6 +15,8 @@ _REMOVED_PREFIXES = ("AWS_", "RAY_", "HF_", "HUGGING_FACE_", "CROSSENC_")
 _SET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
+#: Tells, once the shared Ray has been started, whether it still runs.
+_running_ray: list[Callable[[], bool]] = []
 _LONG_FILES = ("test_readme.py", "test_train.py", "test_driver_kills.py", "test_evaluate.py", "test_rerank_s3.py")
 
 # Ray 2.60 warns about the defaults that its own DataContext sets on first use.
@@ -94,8 +96,17 @@ def ray_cluster() -> Iterator[None]:
         log_to_driver=False,
         configure_logging=False,
     )
+    _running_ray.append(ray.is_initialized)
     yield
+    _running_ray.clear()
     ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def shared_ray_outlives_tests() -> Iterator[None]:
+    """Complains of a test that ends the shared Ray: later ones would get another, smaller one without a word."""
+    yield
+    assert all(is_running() for is_running in _running_ray), "this test ended the Ray that all tests share"
 
 
 @pytest.fixture(scope="session")

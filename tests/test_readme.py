@@ -59,7 +59,7 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess:
     bin_folder = Path(sys.executable).parent
     words = command.split()
     words[0] = str(bin_folder / words[0])
-    return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=240)
+    return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=600)
 
 
 def run_here(command: str, folder: Path) -> subprocess.CompletedProcess:
@@ -69,7 +69,7 @@ def run_here(command: str, folder: Path) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(command, done.exit_code, done.stdout, done.stderr)
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_the_commands_of_the_job_run_in_the_order_of_the_readme(workplace):
     wanted = commands("crossenc ") + commands("python -m jobs.rerank")
     wanted = [command for command in wanted if not command.startswith("crossenc submit")]  # see tests/infra

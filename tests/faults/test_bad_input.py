@@ -4,7 +4,6 @@ What is refused runs as the command does, up to the point where it would ask for
 the shared one.
 """
 
-import contextlib
 import io
 from pathlib import Path
 
@@ -32,13 +31,12 @@ from tests.support.models import StumblingModel
 
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run here must end before it asks for a cluster, and leaves the shared one alone."""
+    """A run here must end before it asks for a cluster."""
 
     def connect(*args: object) -> int:
         raise AssertionError("a cluster was asked for")
 
     monkeypatch.setattr(runtime, "connect", connect)
-    monkeypatch.setattr(runtime, "disconnected_at_end", contextlib.nullcontext)
 
 
 @pytest.fixture

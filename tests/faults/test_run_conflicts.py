@@ -3,7 +3,6 @@
 Drivers that work are processes with a Ray of their own; a run that is refused before it needs one runs right here.
 """
 
-import contextlib
 import io
 import json
 import os
@@ -62,13 +61,12 @@ def starter(tmp_path: Path) -> Iterator[Drivers]:
 
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run here must end before it asks for a cluster, and leaves the shared one alone."""
+    """A run here must end before it asks for a cluster."""
 
     def connect(*args: object) -> int:
         raise AssertionError("a cluster was asked for")
 
     monkeypatch.setattr(runtime, "connect", connect)
-    monkeypatch.setattr(runtime, "disconnected_at_end", contextlib.nullcontext)
 
 
 def make_job(folder: Path, settings: dict[str, object], **more: object) -> str:

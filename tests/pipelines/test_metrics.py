@@ -23,9 +23,9 @@ from tests.support.collections import Collection, make_collection
 from tests.support.models import NAN, StumblingModel
 
 
-def scrape(run_tag: str | None) -> dict[tuple[str, str], float]:
-    """(name, reason or stage) -> value now, summed over processes, for one run or for all."""
-    found: Counter[tuple[str, str]] = Counter()
+def scrape() -> dict[tuple[str, str, str], float]:
+    """(run, name, reason or stage) -> value now, summed over processes."""
+    found: Counter[tuple[str, str, str]] = Counter()
     for node in ray.nodes():
         if node["Alive"]:
             url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
@@ -33,26 +33,30 @@ def scrape(run_tag: str | None) -> dict[tuple[str, str], float]:
                 text = response.read().decode()
             for name, labels, value in re.findall(r"^ray_(crossenc_\w+)\{(.*)\} (\S+)$", text, re.MULTILINE):
                 tags = dict(re.findall(r'(\w+)="([^"]*)"', labels))
-                if run_tag in (None, tags.get("run")):
-                    found[name, tags.get("reason") or tags.get("stage") or ""] += float(value)
+                found[tags.get("run", ""), name, tags.get("reason") or tags.get("stage") or ""] += float(value)
     return dict(found)
+
+
+def scrape_run(run_tag: str) -> dict[tuple[str, str], float]:
+    """(name, reason or stage) -> value now of one run."""
+    return {(name, kind): value for (run, name, kind), value in scrape().items() if run == run_tag}
 
 
 def wait_for(run_tag: str, wanted: dict[tuple[str, str], float]) -> dict[tuple[str, str], float]:
     """Scrapes until the wanted values are there: Ray reports them every ten seconds."""
     deadline = time.monotonic() + 60
     while True:
-        found = scrape(run_tag)
+        found = scrape_run(run_tag)
         if wanted.items() <= found.items() or time.monotonic() > deadline:
             return found
         time.sleep(1)
 
 
 class Watch:
-    """Remembers the largest value of the gauge while the block runs."""
+    """Remembers the gauge's largest value of each run while the block runs."""
 
     def __init__(self) -> None:
-        self.most = 0.0
+        self.most: Counter[str] = Counter()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
 
@@ -66,7 +70,7 @@ class Watch:
 
     def _look(self) -> None:
         while not self._over.wait(1):
-            self.most = max(self.most, *(value for (name, _), value in scrape(None).items() if "remaining" in name), 0)
+            self.most |= Counter({run: value for (run, name, _), value in scrape().items() if "remaining" in name})
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +107,7 @@ def test_prometheus_reads_what_a_run_did_and_what_is_left(runs):
     found = wait_for(metrics.run_tag(plan.fingerprint), wanted)
     assert wanted.items() <= found.items(), found
     assert all(found["crossenc_stage_seconds_total", stage] > 0 for stage in ("read", "tokenise", "score", "write"))
-    assert 0 < runs.most_remaining <= len(plan.shards)
+    assert 0 < runs.most_remaining[metrics.run_tag(plan.fingerprint)] <= len(plan.shards)
 
 
 def test_a_pair_is_counted_once_though_its_query_is_ranked_in_a_second_phase(runs):
@@ -144,7 +148,7 @@ def test_prometheus_reads_how_far_a_training_is_and_its_loss(ray_cluster):
 def test_every_metric_has_been_read_here_but_that_of_devices(runs):
     metrics.trained("again", 1, 0.5)
     wait_for("again", {("crossenc_training_step", ""): 1})
-    names = {name for name, _ in scrape(None)}
+    names = {name for _, name, _ in scrape()}
     assert {*metrics.COUNTERS} - names <= {"crossenc_out_of_memory_total"}
     assert names <= {*metrics.COUNTERS, *metrics.GAUGES}
 

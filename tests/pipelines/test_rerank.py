@@ -7,9 +7,11 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from crossenc.errors import ConfigError, InputError, RunConflictError
 from crossenc.testing import FakeScorer, FakeTokenizer, tiny_checkpoint
+from jobs import runtime
 from pipelines.config import RerankConfig
 from pipelines.rerank import Outcome, rerank
 from pipelines.testing import FakeModel
@@ -213,3 +215,10 @@ def test_a_missing_column_is_named_with_what_is_there(collection, tmp_path):
     with pytest.raises(InputError, match=r"has query_id, query, doc_id, txet.*Did you mean 'txet'"):
         run(tmp_path / "out", **Collection(pairs, tmp_path / "odd").write("pairs"), layout="pairs")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_job_leaves_a_ray_alone_that_ran_before_it():
+    with runtime.disconnected_at_end():
+        assert ray.is_initialized()
+    assert ray.is_initialized()
