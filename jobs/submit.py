@@ -229,7 +229,7 @@ def _metadata(submission: Submission, config: Any) -> dict[str, str]:
     assert file is not None, "it was read a moment ago"
     return {
         "crossenc_verb": submission.verb,
-        "crossenc_output": locate(config.output, config.storage_options).uri,
+        "crossenc_output": _output(config),
         "crossenc_job_sha256": hashlib.sha256(read_bytes(file.location)).hexdigest(),
         "crossenc_version": version("crossenc"),
     }

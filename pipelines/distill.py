@@ -156,8 +156,7 @@ def _with_versions(config: DistillConfig, *, new_run: bool = False) -> tuple[Dis
     output = locate(config.output, config.storage_options)
 
     def planned(number: int) -> Mapping[str, str]:
-        plan = None if new_run else plans.load(output / f"{TEACHERS_FOLDER}/{number}")
-        return plan.parts if plan is not None else {}
+        return {} if new_run else plans.planned_parts(output / f"{TEACHERS_FOLDER}/{number}")
 
     def planned_student() -> Mapping[str, str]:
         return {} if new_run else training.planned_parts(output / STUDENT_FOLDER)
@@ -217,8 +216,7 @@ def _remove(output: Location, say: Callable[[str], None]) -> None:
     """Deletes what the stages wrote, the last stage first, so that what a kill leaves can be resumed."""
     delete([output / SUCCESS_FILE])
     teachers = {
-        file.location.uri.removeprefix((output / TEACHERS_FOLDER).uri + "/").partition("/")[0]
-        for file in list_files(output / TEACHERS_FOLDER)
+        file.location.below(output / TEACHERS_FOLDER).partition("/")[0] for file in list_files(output / TEACHERS_FOLDER)
     }
     stages = [(STUDENT_FOLDER, training.remove_run), (LISTS_FOLDER, units.remove_run)]
     stages += [(f"{TEACHERS_FOLDER}/{name}", reranking.remove_run) for name in sorted(teachers)]

@@ -14,7 +14,7 @@ from pipelines import registry
 from pipelines.finish import MANIFEST_FILE, SUCCESS_FILE
 from pipelines.model import REGISTERED_PART
 from pipelines.registry import MODEL_FOLDER, Version
-from pipelines.storage import Location, exists, list_files, read_bytes
+from pipelines.storage import Location, exists, read_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +72,6 @@ def add(place: Location, name: str, candidate: Candidate, version: str | None = 
 def content_name(folder: Location) -> str:
     """A version name that is a function of the files in `folder`."""
     digest = hashlib.sha256()
-    start = len(folder.uri) + 1
-    for file in list_files(folder):
-        path = file.location.uri[start:]
-        if not any(part.startswith(".") for part in path.split("/")):
-            digest.update(json.dumps([path, hashlib.sha256(read_bytes(file.location)).hexdigest()]).encode())
+    for path, file in registry.files_to_keep(folder).items():
+        digest.update(json.dumps([path, hashlib.sha256(read_bytes(file)).hexdigest()]).encode())
     return f"sha-{digest.hexdigest()[:12]}"

@@ -110,6 +110,12 @@ def default_shard_candidates(num_candidates: int) -> int:
     return int(min(32_768, max(512, num_candidates // 256)))
 
 
+def planned_parts(output: Location) -> Mapping[str, str]:
+    """What the run in `output` depends on; nothing where there is none."""
+    plan = load(output)
+    return {} if plan is None else plan.parts
+
+
 def fingerprint(parts: Mapping[str, str]) -> str:
     """SHA-256 of the named parts, in hex."""
     return hashlib.sha256(json.dumps(sorted(parts.items())).encode()).hexdigest()

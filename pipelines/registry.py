@@ -276,8 +276,7 @@ def versions(registry: Location, name: str) -> tuple[Version, ...]:
 
 def names(registry: Location) -> tuple[str, ...]:
     """The models that have a version or a history, in order."""
-    start = len(registry.uri.rstrip("/")) + 1
-    paths = [file.location.uri[start:].split("/") for file in list_files(registry)]
+    paths = [file.location.below(registry).split("/") for file in list_files(registry)]
     found = {
         path[0]
         for path in paths
@@ -371,11 +370,7 @@ def _sources(folders: Mapping[str, Location]) -> dict[str, Location]:
     sources: dict[str, Location] = {}
     for folder, place in folders.items():
         check_name("folder", folder)
-        start = len(place.uri.rstrip("/")) + 1
-        for file in list_files(place):
-            path = file.location.uri[start:]
-            if not any(part.startswith(".") for part in path.split("/")):
-                sources[f"{folder}/{path}"] = file.location
+        sources |= {f"{folder}/{path}": file for path, file in files_to_keep(place).items()}
     place = folders[MODEL_FOLDER]
     if f"{MODEL_FOLDER}/config.json" not in sources or not any(
         re.fullmatch(rf"{MODEL_FOLDER}/[^/]+\.safetensors", path) for path in sources
@@ -384,6 +379,12 @@ def _sources(folders: Mapping[str, Location]) -> dict[str, Location]:
             f"{place} is no checkpoint: it has no config.json or no .safetensors file; name another folder"
         )
     return sources
+
+
+def files_to_keep(folder: Location) -> dict[str, Location]:
+    """The files that a version takes from a folder, by path in it: all but hidden ones."""
+    found = {file.location.below(folder): file.location for file in list_files(folder)}
+    return {path: file for path, file in found.items() if not any(part.startswith(".") for part in path.split("/"))}
 
 
 def _copy(source: Location, place: Location, path: str) -> StoredFile:
@@ -402,8 +403,7 @@ def _refuse_extra(place: Location, files: Sequence[StoredFile]) -> None:
 
 def _sizes(place: Location) -> dict[str, int]:
     """What is in a version's folder, by path in it; hidden files are those of writers at work, or killed."""
-    start = len(place.uri) + 1
-    sizes = {file.location.uri[start:]: file.num_bytes for file in list_files(place)}
+    sizes = {file.location.below(place): file.num_bytes for file in list_files(place)}
     return {path: size for path, size in sizes.items() if not path.rpartition("/")[2].startswith(".")}
 
 

@@ -7,6 +7,7 @@ import contextlib
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TextIO
 
 import pyarrow.parquet as pq
@@ -98,11 +99,7 @@ def resolve(config: RerankConfig, model: Model | None = None, *, new_run: bool =
 
 def _with_version(config: RerankConfig, output: Location, new_run: bool) -> tuple[RerankConfig, str]:
     """The job with the version of its model, where that is one of a registry; and what people should hear of it."""
-
-    def planned() -> Mapping[str, str]:
-        plan = None if new_run else plans.load(output)
-        return plan.parts if plan is not None else {}
-
+    planned = dict if new_run else partial(plans.planned_parts, output)
     source, note = choose(config.model, config.registry, config.storage_options, planned)
     return config.model_copy(update={"model": source}), note
 

@@ -507,9 +507,8 @@ def _promote(run: _Run, story: Story) -> Outcome:
 def _with_card(run: _Run, story: Story) -> Location:
     """A copy of the trained model whose card tells of the evaluation. What an earlier attempt wrote stays as it is."""
     source, target = run.folder / f"{records.TRAINED_FOLDER}/{MODEL_FOLDER}", run.folder / f"{PROMOTED_FOLDER}/model"
-    start = len(source.uri) + 1
     for file in list_files(source):
-        path, body = file.location.uri[start:], read_bytes(file.location)
+        path, body = file.location.below(source), read_bytes(file.location)
         put_new(target / path, card_of(story, body.decode()).encode() if path == _CARD else body)
     return target
 
@@ -539,10 +538,9 @@ def _push(run: _Run, model: Location) -> str:
 
 def _uploaded(model: Location, repository: str, version: str) -> str:
     """Uploads a model with its card to a repository, made private if it is not there; returns the commit's URL."""
-    start = len(model.uri) + 1
     with tempfile.TemporaryDirectory(prefix="crossenc-push-") as temporary:
         for file in list_files(model):
-            path = Path(temporary) / file.location.uri[start:]
+            path = Path(temporary) / file.location.below(model)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(read_bytes(file.location))
         encoder = CrossEncoder(temporary, device="cpu")

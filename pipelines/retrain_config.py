@@ -32,17 +32,22 @@ def _leave_out(section: BaseModel, name: str, made: tuple[str, ...]) -> None:
         raise ValueError(f"{given[0]} is given by the retraining job: leave it out{of_job}")
 
 
-class FixedSet(EvaluateConfig):
-    """The settings of an evaluation job, but for those that the retraining job gives it. A list is its collections."""
+class _OfTheJob(BaseModel):
+    """Settings of a section that are the whole job's."""
 
-    systems: Annotated[tuple[SystemConfig, ...], Field(exclude=True)] = ()
-    output: Annotated[str, Field(exclude=True)] = "evaluation"
-    baseline: Annotated[str, Field(exclude=True)] = FIRST_STAGE
     registry: Annotated[str | None, Field(exclude=True)] = None
     max_text_bytes: Annotated[int, Field(exclude=True)] = 0
     storage_options: dict[str, Any] = Field(default_factory=dict, exclude=True, repr=False)
     drain_seconds: Annotated[float, Field(exclude=True)] = 0
     ray_address: Annotated[str | None, Field(exclude=True)] = None
+
+
+class FixedSet(_OfTheJob, EvaluateConfig):
+    """The settings of an evaluation job, but for those that the retraining job gives it. A list is its collections."""
+
+    systems: Annotated[tuple[SystemConfig, ...], Field(exclude=True)] = ()
+    output: Annotated[str, Field(exclude=True)] = "evaluation"
+    baseline: Annotated[str, Field(exclude=True)] = FIRST_STAGE
 
     @model_validator(mode="before")
     @classmethod
@@ -55,17 +60,12 @@ class FixedSet(EvaluateConfig):
         return self
 
 
-class TrainSection(TrainConfig):
+class TrainSection(_OfTheJob, TrainConfig):
     """The settings of a training job, but for those that the retraining job gives it."""
 
     train: Annotated[LabelledData, Field(exclude=True)] = LabelledData(files="labels")
     model: Annotated[str, Field(exclude=True)] = "start"
     output: Annotated[str, Field(exclude=True)] = "trained"
-    registry: Annotated[str | None, Field(exclude=True)] = None
-    max_text_bytes: Annotated[int, Field(exclude=True)] = 0
-    storage_options: dict[str, Any] = Field(default_factory=dict, exclude=True, repr=False)
-    drain_seconds: Annotated[float, Field(exclude=True)] = 0
-    ray_address: Annotated[str | None, Field(exclude=True)] = None
 
     @model_validator(mode="after")
     def _leaves_out(self) -> "TrainSection":
@@ -91,15 +91,10 @@ class MineSection(MineConfig):
         return self
 
 
-class DistillSection(DistillConfig):
+class DistillSection(_OfTheJob, DistillConfig):
     """The settings of a distillation job, but for those that the retraining job gives it."""
 
     output: Annotated[str, Field(exclude=True)] = "distilled"
-    registry: Annotated[str | None, Field(exclude=True)] = None
-    max_text_bytes: Annotated[int, Field(exclude=True)] = 0
-    storage_options: dict[str, Any] = Field(default_factory=dict, exclude=True, repr=False)
-    drain_seconds: Annotated[float, Field(exclude=True)] = 0
-    ray_address: Annotated[str | None, Field(exclude=True)] = None
     student: StudentConfig = StudentConfig()
 
     @model_validator(mode="after")

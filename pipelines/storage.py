@@ -98,6 +98,10 @@ class Location:
     def name(self) -> str:
         return self.uri.rstrip("/").rpartition("/")[2]
 
+    def below(self, folder: "Location") -> str:
+        """The path from `folder`, which this lies in."""
+        return self.uri.removeprefix(folder.uri.rstrip("/") + "/")
+
     def __truediv__(self, relative: str) -> "Location":
         return Location(f"{self.uri.rstrip('/')}/{relative}", self.options)
 

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import yaml
 from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
-from crossenc.card.render import inline
+from crossenc.card.render import inline, markdown_environment
 from crossenc.evaluation.gate import Decision
 from crossenc.evaluation.metrics import display_name
 from crossenc.evaluation.results import FIRST_STAGE, Evaluation
@@ -43,14 +42,8 @@ class Promotion:
 
 def with_promotion(card: str, promotion: Promotion) -> str:
     """The card with the section, before what tells of training, and with the figures in its front matter."""
-    environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,  # the filters below escape what comes from data, for markdown and HTML both
-    )
-    environment.filters.update(inline=inline, measure=display_name, p=_p_value, signed="{:+.4f}".format)
+    environment = markdown_environment()
+    environment.filters.update(measure=display_name, p=_p_value, signed="{:+.4f}".format)
     environment.globals.update(interval=_interval, the=_the)
     section = environment.from_string(_TEMPLATE.read_text()).render(
         one=promotion, evaluation=promotion.evaluation, main=promotion.evaluation.measures[0]

@@ -33,16 +33,23 @@ _EXAMPLE_PAIRS = (
 )
 
 
-def render_card(data: CrossEncoderModelCardData, facts: ModelFacts) -> str:
-    """The card of a model: front matter in YAML, then markdown."""
+def markdown_environment() -> jinja2.Environment:
+    """For templates of cards. What comes from data goes through a filter, as `inline`, that escapes it."""
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # the filters below escape what comes from data, for markdown and HTML both
+        autoescape=False,  # the filters escape for markdown and HTML both
     )
-    environment.filters.update(inline=inline, cell=cell, json=_json, figure=_figure)
+    environment.filters["inline"] = inline
+    return environment
+
+
+def render_card(data: CrossEncoderModelCardData, facts: ModelFacts) -> str:
+    """The card of a model: front matter in YAML, then markdown."""
+    environment = markdown_environment()
+    environment.filters.update(cell=cell, json=_json, figure=_figure)
     pairs = _example_pairs(data)
     body = environment.from_string(_TEMPLATE.read_text()).render(
         data=data,

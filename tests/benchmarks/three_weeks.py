@@ -32,7 +32,7 @@ from pipelines.evaluation_output import load
 from pipelines.plan import load as load_plan
 from pipelines.retrain_records import read_all, read_decision
 from pipelines.storage import Location, locate
-from tests.benchmarks.recipes import DEPTH, LIST_SIZE, SEED, _list, read
+from tests.benchmarks.recipes import DEPTH, LIST_SIZE, SEED, draw_lists, read, read_judged, read_splits
 
 NAME, WEEKS, RETRAINED = "reranker", 3, "retrained"
 
@@ -73,15 +73,14 @@ def main() -> None:
 def write_fixed_set(source: Path, folder: Path, num_queries: int) -> None:
     """The top 50 of BM25 for some test queries."""
     folder.mkdir(parents=True, exist_ok=True)
-    splits = pq.read_table(source / "splits.parquet").to_pylist()
-    test = [row["query_id"] for row in splits if row["split"] == "test"]
+    test = [query_id for query_id, split in read_splits(source).items() if split == "test"]
     order = np.random.default_rng(SEED).permutation(len(test))[:num_queries].tolist()
-    of_chosen = pc.field("query_id").isin([test[place] for place in order])
-    candidates = pq.read_table(source / "candidates.parquet", filters=of_chosen & (pc.field("rank") <= DEPTH))
+    chosen = [test[place] for place in order]
+    candidates, qrels = read_judged(source, chosen)
     for name, table in (
         ("fixed", candidates),
-        ("qrels", pq.read_table(source / "qrels.parquet", filters=of_chosen)),
-        ("queries", pq.read_table(source / "queries.parquet", filters=of_chosen)),
+        ("qrels", qrels),
+        ("queries", pq.read_table(source / "queries.parquet", filters=pc.field("query_id").isin(chosen))),
         ("corpus", pq.read_table(source / "corpus.parquet")),
     ):
         if not (folder / f"{name}.parquet").exists():
@@ -90,11 +89,10 @@ def write_fixed_set(source: Path, folder: Path, num_queries: int) -> None:
 
 def make_weeks(source: Path, num_queries: int, corrupted: float) -> list[list[dict[str, Any]]]:
     """Lists of one relevant and seven other documents; in the last week some have another one labelled relevant."""
-    splits = {row["query_id"]: row["split"] for row in pq.read_table(source / "splits.parquet").to_pylist()}
+    splits = read_splits(source)
     collection, random = read(source), np.random.default_rng(SEED)
     train = [query_id for query_id in collection.queries if splits[query_id] == "train"]
-    drawn = (train[place] for place in random.permutation(len(train)).tolist())
-    made = [found for query_id in drawn if (found := _list(collection, query_id, LIST_SIZE - 1, random))][:num_queries]
+    made = draw_lists(collection, train, num_queries, LIST_SIZE - 1, random)
     size = len(made) // WEEKS
     weeks: list[list[dict[str, Any]]] = [made[size * week : size * (week + 1)] for week in range(WEEKS)]
     for one in weeks[-1][: round(corrupted * size)]:

@@ -7,16 +7,12 @@ import yaml
 
 from jobs import retrain
 from pipelines import retrain as retraining
-from tests.support.retraining import World, make_world, quick_evaluation, quick_training
+from tests.support.retraining import World, quick_world
 
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
-    monkeypatch.setenv("CROSSENC_CACHE", str(tmp_path / "cache"))
-    world = make_world(tmp_path)
-    monkeypatch.setattr(retraining.training, "train", quick_training(tmp_path / "base"))
-    monkeypatch.setattr(retraining.evaluating, "evaluate", quick_evaluation(world))
-    return world
+    return quick_world(tmp_path, monkeypatch)
 
 
 @pytest.fixture

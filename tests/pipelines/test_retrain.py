@@ -19,7 +19,7 @@ from pipelines.retrain import Outcome, describe, needs, resolve, retrain
 from pipelines.retrain_records import read_all
 from pipelines.status import look_at_retraining
 from pipelines.storage import locate
-from tests.support.retraining import World, make_world, quick_evaluation, quick_training
+from tests.support.retraining import World, make_world, quick_world
 
 
 @pytest.fixture(scope="session")
@@ -29,12 +29,7 @@ def origin(tmp_path_factory) -> World:
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
-    """A world whose models are trained and scored by stand-ins: everything else is as it is."""
-    monkeypatch.setenv("CROSSENC_CACHE", str(tmp_path / "cache"))
-    world = make_world(tmp_path)
-    monkeypatch.setattr(retraining.training, "train", quick_training(tmp_path / "base"))
-    monkeypatch.setattr(retraining.evaluating, "evaluate", quick_evaluation(world))
-    return world
+    return quick_world(tmp_path, monkeypatch)
 
 
 def go(world: World, *, should_stop=lambda: False, new_run=False, **more) -> Outcome:

@@ -15,9 +15,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from crossenc.testing import WORDS, tiny_checkpoint
-from pipelines import evaluation, rankings, train
+from pipelines import evaluation, rankings, retrain, train
 from pipelines.evaluation_config import EvaluateConfig
 from pipelines.model import checkpoint
 from pipelines.retrain_config import RetrainConfig
@@ -133,3 +134,12 @@ def quick_evaluation(world: World) -> Callable[..., evaluation.Outcome]:
         return real(EvaluateConfig.model_validate(settings), **arguments)
 
     return quick
+
+
+def quick_world(folder: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    """A world whose models are trained and scored by stand-ins: everything else is as it is."""
+    monkeypatch.setenv("CROSSENC_CACHE", str(folder / "cache"))
+    world = make_world(folder)
+    monkeypatch.setattr(retrain.training, "train", quick_training(folder / "base"))
+    monkeypatch.setattr(retrain.evaluating, "evaluate", quick_evaluation(world))
+    return world
