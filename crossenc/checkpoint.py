@@ -1,6 +1,6 @@
 """Checkpoints as files: bringing a folder to this machine, and judging whether it is whole and safe.
 
-Only safetensors weights are let in. Loading what is in them is crossenc.loading's work.
+Only safetensors weights are let in. What is in them is read by crossenc.layout and loaded by crossenc.loading.
 """
 
 import hashlib

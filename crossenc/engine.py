@@ -23,7 +23,8 @@ from crossenc.batching import WINDOW, token_budget_batches
 from crossenc.compiling import Shapes, compile_backbone, shapes_of
 from crossenc.errors import ConfigError
 from crossenc.float32_layers import keep_in_float32
-from crossenc.loading import load_parts, num_labels_of, read_layout, resolve_activation
+from crossenc.layout import read_layout
+from crossenc.loading import load_parts, num_labels_of, resolve_activation
 from crossenc.packing import PackedForward, scoring_view, to_device, why_padded
 from crossenc.precision import resolve_dtype
 from crossenc.records import TokenizedPairs

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from crossenc.errors import CheckpointError, ConfigError
-from crossenc.loading import load_config
+from crossenc.layout import load_config
 
 #: Family -> where its backbone has its layers.
 _PLACES: Mapping[str, tuple[str, str]] = {

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from crossenc.activations import make_activation
 from crossenc.adapters import AdapterMixin, has_adapters
 from crossenc.card import CrossEncoderModelCardData
 from crossenc.chat import ChatTokenizer
@@ -27,7 +28,8 @@ from crossenc.engine import Activation, Engine, default_batch_tokens, default_de
 from crossenc.errors import CheckpointError, ConfigError, InputError
 from crossenc.fitting import FitMixin
 from crossenc.float32_layers import keep_in_float32
-from crossenc.loading import default_activation, load_config, num_labels_of, resolve_activation
+from crossenc.layout import default_kind, load_config
+from crossenc.loading import num_labels_of, resolve_activation
 from crossenc.merging import merge_models
 from crossenc.modules import Features, Transformer
 from crossenc.old_names import OldNamesMixin
@@ -359,7 +361,7 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
                 "Pass activation_fn to have another one",
                 self._source.layout.activation,
             )
-            return default_activation(self.num_labels)
+            return make_activation(default_kind(self.num_labels))
 
     @property
     def activation_fn(self) -> Activation:

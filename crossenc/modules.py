@@ -141,7 +141,8 @@ class Transformer(nn.Module):
     ) -> None:
         # Imported here because loading checkpoints and knowing their tokenizers build on the parts.
         from crossenc.checkpoint import fetch
-        from crossenc.loading import load_config, load_model, set_num_labels
+        from crossenc.layout import load_config
+        from crossenc.loading import load_model, set_num_labels
         from crossenc.precision import resolve_dtype
         from crossenc.source import split_dtype
         from crossenc.tokenizer import load_fast_tokenizer

@@ -27,9 +27,10 @@ from crossenc.card import ModelFacts, write_card
 from crossenc.checkpoint import ADAPTER_FILE
 from crossenc.deprecation import accepts_old_arguments, warn_deprecated
 from crossenc.errors import ConfigError
-from crossenc.loading import MODULES_FILE, OWN_SETTINGS_FILE, TRANSFORMER_FILE, quiet_transformers
+from crossenc.layout import MODULES_FILE, OWN_SETTINGS_FILE, TRANSFORMER_FILE
 from crossenc.modules import Part, Transformer
 from crossenc.onnx.backend import FOLDER as ONNX_FOLDER
+from crossenc.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from crossenc.model import CrossEncoder

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from crossenc.checkpoint import ADAPTER_FILE, read_json
 from crossenc.errors import ConfigError
-from crossenc.loading import Layout, load_config, load_parts, read_layout
+from crossenc.layout import Layout, load_config, read_layout
+from crossenc.loading import load_parts
 from crossenc.modules import Transformer
 from crossenc.tokenizer import load_fast_tokenizer
 

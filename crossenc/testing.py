@@ -49,7 +49,7 @@ def tiny_checkpoint(
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from crossenc.loading import quiet_transformers
+    from crossenc.quiet import quiet_transformers
 
     makers = {
         "bert": _wordpiece_tokenizer,

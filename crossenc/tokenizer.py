@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
     from crossenc.chat import ChatTokenizer
-    from crossenc.loading import Layout
+    from crossenc.layout import Layout
 
 #: Families whose position table starts at padding_idx + 1, so that many of its rows never hold a token.
 _OFFSET_POSITION_FAMILIES = {
@@ -205,7 +205,7 @@ def load_tokenizer(
     """
     # Imported here because transformers takes seconds to import, which users of a fake need not wait for.
     from crossenc.chat import ChatTokenizer
-    from crossenc.loading import load_config, read_layout
+    from crossenc.layout import load_config, read_layout
 
     config = load_config(folder)
     layout = read_layout(folder, config)
@@ -221,7 +221,7 @@ def load_fast_tokenizer(folder: str | Path, settings: Mapping[str, Any] | None =
     """Transformers' tokenizer of a local folder; `settings` go to transformers. Raises CheckpointError."""
     from transformers import AutoTokenizer
 
-    from crossenc.loading import quiet_transformers
+    from crossenc.quiet import quiet_transformers
 
     try:
         with quiet_transformers():

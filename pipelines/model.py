@@ -109,14 +109,14 @@ class CheckpointModel:
         return replace(self, expected=found)
 
     def score_range(self) -> tuple[float, float]:
-        from crossenc.loading import read_layout, read_num_labels, resolve_activation
+        from crossenc.layout import activation_kind, read_layout, read_num_labels
 
         folder = self.folder()
         layout = read_layout(folder)
         num_labels = read_num_labels(folder, layout)
         if num_labels != 1:
             raise InputError(f"{self.name} gives {num_labels} scores a pair; reranking needs a model with one label")
-        own = type(resolve_activation(layout, num_labels)).__name__
+        own = activation_kind(layout, num_labels)
         return (0.0, 1.0) if own == "Sigmoid" and self.activation != "identity" else (-12.0, 12.0)
 
     def load_tokenizer(self) -> Tokenizer:

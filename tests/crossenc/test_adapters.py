@@ -16,7 +16,7 @@ from transformers import AutoModel
 from crossenc import CrossEncoder, InputExample
 from crossenc.checkpoint import check_folder, fetch
 from crossenc.errors import CheckpointError, ConfigError, InputError
-from crossenc.loading import quiet_transformers
+from crossenc.quiet import quiet_transformers
 from crossenc.testing import tiny_checkpoint
 from tests.parity import test_checkpoint_layouts as layouts
 

@@ -13,7 +13,7 @@ from transformers import AutoModel
 from crossenc import CrossEncoder, InputExample, losses
 from crossenc.errors import CheckpointError, ConfigError, InputError, ScoreError
 from crossenc.evaluation import CrossEncoderClassificationEvaluator
-from crossenc.loading import quiet_transformers
+from crossenc.quiet import quiet_transformers
 from crossenc.testing import WORDS, tiny_checkpoint
 
 

@@ -11,7 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from crossenc.errors import CheckpointError
-from crossenc.loading import load_config, load_parts, quiet_transformers, read_layout, resolve_activation
+from crossenc.layout import PART_NAMES, TASKS, load_config, read_layout
+from crossenc.loading import _LOADERS, load_parts, resolve_activation
+from crossenc.modules import PARTS
+from crossenc.quiet import quiet_transformers
 from crossenc.testing import tiny_checkpoint
 
 
@@ -24,6 +27,10 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checkpoint(original: Path, tmp_path: Path) -> Path:
     """A copy that a test may damage."""
     return Path(shutil.copytree(original, tmp_path / "checkpoint"))
+
+
+def test_what_a_folder_may_name_is_what_can_be_loaded() -> None:
+    assert set(_LOADERS) == set(TASKS) and set(PARTS) == set(PART_NAMES)
 
 
 def edit_json(path: Path, **changes: object) -> None:

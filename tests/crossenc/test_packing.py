@@ -19,9 +19,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from crossenc import CrossEncoder, attention
 from crossenc.attention import MAX_PRODUCT_TOKENS, Sequences, _products, attend, packed_attention
 from crossenc.engine import Engine
-from crossenc.loading import quiet_transformers
 from crossenc.modules import POOLING_MODES, Dense, LayerNorm, Pooling, Transformer
 from crossenc.packing import PackedForward, why_padded
+from crossenc.quiet import quiet_transformers
 from crossenc.records import TokenizedPairs
 from crossenc.testing import tiny_checkpoint
 

@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from crossenc import CrossEncoder, engine
 from crossenc.errors import CheckpointError
-from crossenc.loading import quiet_transformers
+from crossenc.quiet import quiet_transformers
 from crossenc.testing import tiny_checkpoint
 
 TOLERANCE = 1e-6

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from crossenc import CrossEncoder
-from crossenc.loading import quiet_transformers
+from crossenc.quiet import quiet_transformers
 from crossenc.testing import Family, tiny_checkpoint
 
 # Other batches add float32 products in another order; on logits of size 1 to 10 that shows in the sixth digit.

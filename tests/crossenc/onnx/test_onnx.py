@@ -21,11 +21,11 @@ from transformers import (
 )
 
 from crossenc import CheckpointError, ConfigError, CrossEncoder, InputError
-from crossenc.loading import quiet_transformers
 from crossenc.modules import Dense, LayerNorm, LogitScore, Pooling, Transformer
 from crossenc.onnx import quantize
 from crossenc.onnx.export import export_onnx
 from crossenc.onnx.session import OnnxNetwork
+from crossenc.quiet import quiet_transformers
 from crossenc.testing import WORDS, tiny_checkpoint
 
 MAX_LENGTH = 48
