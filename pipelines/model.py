@@ -64,7 +64,7 @@ class Model(Protocol):
 class CheckpointModel:
     """A cross-encoder checkpoint: a folder that every node can read, a URI, or a hub id with `@revision`.
 
-    That of a registry has its name there as `label`, and in `registered` the digests it must have.
+    `label` is what people call it; that of a registry has in `registered` the digests it must have.
     """
 
     source: str
@@ -219,9 +219,12 @@ def choose(
 def checkpoint(source: str, registry_uri: str | None, options: Mapping[str, Any], **settings: Any) -> CheckpointModel:
     """The checkpoint that `source` names, as `choose` gives it, with `settings` of CheckpointModel.
 
-    Raises InputError where the registry has no such version, RunConflictError where that is damaged.
+    A folder becomes its full path, since workers have working folders of their own. Raises InputError where the registry has no such version, RunConflictError where that is damaged.
     """
     if not source.startswith(registry.SCHEME):
+        folder = Path(source).expanduser()
+        if "://" not in source and folder.is_dir():
+            return CheckpointModel(source=str(folder.resolve()), label=source, **settings)
         return CheckpointModel(source=source, storage_options=options if "://" in source else {}, **settings)
     version, place = registry.resolve(source, _registry(source, registry_uri, options))
     return CheckpointModel(

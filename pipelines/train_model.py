@@ -13,11 +13,8 @@ from pipelines.train_config import LoraConfig, TrainConfig
 
 
 def source(config: TrainConfig) -> CheckpointModel:
-    """Where training starts from; a folder by its full path, since workers have working folders of their own."""
-    folder = Path(config.model).expanduser()
-    is_folder = "://" not in config.model and folder.is_dir()
-    name = str(folder.resolve()) if is_folder else config.model
-    return checkpoint(name, config.registry, config.storage_options, max_length=config.max_length)
+    """Where training starts from."""
+    return checkpoint(config.model, config.registry, config.storage_options, max_length=config.max_length)
 
 
 def build(
