@@ -120,7 +120,9 @@ class _Child:
     def score(self, pairs: TokenizedPairs) -> NDArray[np.float32] | str:
         """The scores, or "reason: detail"."""
         if self._pipe is None:
-            context = multiprocessing.get_context("spawn")
+            # Children are forked by a clean process that has torch imported already: each new one starts at once.
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["crossenc.engine", "crossenc.tokenizer", "pipelines.isolation"])
             self._pipe, theirs = context.Pipe()
             self._process = context.Process(target=_serve, args=(self._model, self._threads, theirs), daemon=True)
             self._process.start()
