@@ -3,7 +3,8 @@
 A rerank job on a cluster of three nodes on this machine: a head without work and two workers with two scoring actors
 each, whose fake scorer takes a realistic time for a pair. Every so often a worker's processes are all killed and a new
 node is added; half-way the driver is killed and the job submitted again. It prints whether the results equal, byte for
-byte, those of a run that nobody disturbed, how many shards were begun and scored more than once, and the time.
+byte, those of a run that nobody disturbed, how many shards were begun and scored more than once, and the time. It
+ends with 1 where results differ or more than 15 % of the shards were scored twice.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from tests.support.ray_nodes import Nodes, ray_nodes
 from tests.support.rerank_driver import Drivers, drivers
 
 NUM_ACTORS, NODE_CPUS = 4, 3
+MOST_SCORED_AGAIN = 0.15
 
 
 @dataclass
@@ -104,6 +106,7 @@ def _replace(nodes: Nodes, chaos: Chaos) -> None:
 def _show(given: argparse.Namespace, is_equal: bool, lines: Counter[str], chaos: Chaos) -> None:
     num_shards = math.ceil(given.pairs / given.shard)
     ended = [number for line, number in lines.items() if line.startswith("end ")]
+    num_again = sum(number - 1 for number in ended)
     begun = [number for line, number in lines.items() if line.startswith("begin ")]
     table = Table(box=None, show_header=False, pad_edge=False)
     ideal = given.pairs * given.seconds_per_pair / NUM_ACTORS
@@ -111,7 +114,7 @@ def _show(given: argparse.Namespace, is_equal: bool, lines: Counter[str], chaos:
         "pairs, shards": f"{given.pairs:,}, {num_shards:,}",
         "nodes lost and replaced, drivers killed": f"{chaos.nodes_killed}, {chaos.drivers_killed}",
         "results equal those of an undisturbed run": "yes" if is_equal else "NO",
-        "shards scored to the end more than once": _share(sum(n - 1 for n in ended), num_shards),
+        "shards scored to the end more than once": _share(num_again, num_shards),
         "shards begun more than once": _share(sum(n - 1 for n in begun), num_shards),
         "seconds, of which scoring alone takes": f"{chaos.seconds:.0f}, {ideal:.0f}",
     }
@@ -120,7 +123,7 @@ def _show(given: argparse.Namespace, is_equal: bool, lines: Counter[str], chaos:
     console = Console(highlight=False)
     console.print(*chaos.moments, sep="\n")
     console.print(table)
-    if not is_equal or len(ended) != num_shards:
+    if not is_equal or len(ended) != num_shards or num_again > MOST_SCORED_AGAIN * num_shards:
         raise SystemExit(1)
 
 

@@ -7,7 +7,8 @@ more labels; in week 3 a share of the new labels is wrong: an irrelevant documen
 relevant one is not. All three are judged on the same test queries, which are about other diseases. Then the current
 version is rolled back (where the gate let only one through, the last refused one is promoted by hand before), and a
 rerank of registry://reranker says which version it took. The same command goes on where it was. The table at the end
-has a line for each week.
+has a line for each week. With --use new, training is on the week's labels alone, and a third week that is promoted
+ends it with 1, as does a rerank by another version than the one rolled back to.
 """
 
 import argparse
@@ -63,11 +64,16 @@ def main() -> None:
             raise SystemExit(code)
         table.add_row(*row(given.output, number, len(lists), code, (time.monotonic() - started) / 60))
     console.rule("rollback")
-    console.print(roll_back(given.output))
+    rolled_back, is_served = roll_back(given.output)
+    console.print(rolled_back)
     console.print(table)
     for number, (one, _) in enumerate(ended(given.output), start=1):
         decision = read_decision(locate(str(given.output / f"{RETRAINED}/retrainings/{one.key}")))
         console.print(f"week {number}: {decision.summary if decision else 'not decided'}")
+    if given.use == "new" and code != retrain.REFUSED:
+        raise SystemExit("the model of wrong labels was promoted")
+    if not is_served:
+        raise SystemExit("the rerank after the rollback was not by the version before")
 
 
 def write_fixed_set(source: Path, folder: Path, num_queries: int) -> None:
@@ -148,12 +154,12 @@ def row(folder: Path, number: int, num_lists: int, code: int, minutes: float) ->
     return [str(number), f"{num_lists:,}", str(code), ending.state, *figures, f"{told['gain']:+.4f}", f"{minutes:.1f}"]
 
 
-def roll_back(folder: Path) -> str:
-    """Rolls the current version back and reranks with what is current then; says which version was served."""
+def roll_back(folder: Path) -> tuple[str, bool]:
+    """Rolls back and reranks with what is current then; in words, and whether the version before was served."""
     place = locate(str(folder / "registry"))
     history = registry.history(place, NAME)
     if not history:
-        return "no version was promoted: there is nothing to roll back to"
+        return "no version was promoted: there is nothing to roll back to", False
     if len({entry.version for entry in history}) < 2:
         promote_by_hand(folder, place)
     before = registry.history(place, NAME)[-1].version
@@ -168,7 +174,11 @@ def roll_back(folder: Path) -> str:
     code = rerank.run(str(path))
     plan = load_plan(locate(str(folder / "reranked")))
     served = plan.parts.get("registered model", "nothing") if plan else "nothing"
-    return f"rolled back from {before} to {entry.version}; the next rerank (exit {code}) was by {served}"
+    told = f"rolled back from {before} to {entry.version}; the next rerank (exit {code}) was by {served}"
+    return (
+        told,
+        code == runtime.DONE and served == f"{registry.SCHEME}{NAME}@{entry.version}" and before != entry.version,
+    )
 
 
 def promote_by_hand(folder: Path, place: Location) -> None:

@@ -1,8 +1,8 @@
 """Retrainings that are killed, overtaken and fed with wrong labels: one promotion, one entry of the history."""
 
 import io
-import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from pipelines.status import look_at_retraining
 from pipelines.storage import locate
 from tests.pipelines.test_train import largest_difference
 from tests.support.processes import wait_for
-from tests.support.rerank_driver import drivers
+from tests.support.rerank_driver import Drivers, drivers
 from tests.support.retraining import World, make_world
 
 pytestmark = [pytest.mark.timeout(1500), pytest.mark.faults]
@@ -52,7 +52,26 @@ def weights(world: World, folder: str = "registry") -> dict:
     return load_file(world.folder / folder / f"reranker/versions/{entry.version}/model/model.safetensors")
 
 
+def killed_until_done(starter: Drivers, job: str, output: Path, waits: Iterator[float]) -> list[str]:
+    """Runs the job again and again, killed after each of the waits, until it ends well; what it was about to do."""
+    at = []
+    for wait in waits:
+        driver = starter.start(job, module="jobs.retrain")
+        try:
+            assert driver.wait(wait) == 0, driver.tail()
+            return at
+        except TimeoutError:
+            driver.kill9()
+        status = look_at_retraining(str(output), {})
+        at.append(status.steps_to_do[0] if status and status.steps_to_do else "begin or end")
+        driver.cleanup()
+    driver = starter.start(job, module="jobs.retrain")
+    assert driver.wait(300) == 0, driver.tail()
+    return at
+
+
 def test_killed_at_ten_random_moments_it_ends_with_one_promotion_and_the_same_weights(world, starter):
+    """What ends before its tenth kill is begun anew in other folders, until there were ten."""
     world.week(1, num_lists=64)
     train = {"workers": {"cpus": 1}, "learning_rate": 5e-3, "epochs": 20, "batch_lists": 4, "checkpoint_minutes": 0}
     quiet = write_job(world, "quiet", registry=str(world.folder / "quiet"), output=str(world.folder / "q"), train=train)
@@ -60,27 +79,21 @@ def test_killed_at_ten_random_moments_it_ends_with_one_promotion_and_the_same_we
     driver = starter.start(quiet, module="jobs.retrain")
     assert driver.wait(300) == 0, driver.tail()
     undisturbed_seconds = time.monotonic() - started
-    job, chance, at = write_job(world, train=train), random.Random(6), []
-    for _ in range(10):
-        driver = starter.start(job, module="jobs.retrain")
-        try:
-            driver.wait(chance.uniform(0.2, 0.9) * undisturbed_seconds)
-        except TimeoutError:
-            driver.kill9()
-            status = look_at_retraining(str(world.folder / "out"), {})
-            at.append(status.steps_to_do[0] if status and status.steps_to_do else "before or after")
-        driver.cleanup()
-    print("killed while it was to", ", ".join(at))
-    assert at
-    driver = starter.start(job, module="jobs.retrain")
-    assert driver.wait(300) == 0, driver.tail()
-    [entry] = history(world)
-    [(one, ending)] = read_all(locate(str(world.folder / "out")))
-    assert entry.key == one.key and ending is not None and ending.state == "promoted"
-    place = locate(str(world.folder / "registry"))
-    [version] = registry.versions(place, "reranker")
-    registry.verify(place, version)
-    assert largest_difference(weights(world), weights(world, "quiet")) < 1e-5
+    waits = iter(np.random.default_rng(6).uniform(0.2, 0.7, size=10) * undisturbed_seconds)
+    at: list[str] = []
+    while len(at) < 10:
+        name = f"after-{len(at)}"
+        output = world.folder / f"{name}-out"
+        job = write_job(world, name, registry=str(world.folder / name), output=str(output), train=train)
+        at += killed_until_done(starter, job, output, waits)
+        [entry] = history(world, name)
+        [(one, ending)] = read_all(locate(str(output)))
+        assert entry.key == one.key and ending is not None and ending.state == "promoted"
+        place = locate(str(world.folder / name))
+        [version] = registry.versions(place, "reranker")
+        registry.verify(place, version)
+        assert largest_difference(weights(world, name), weights(world, "quiet")) < 1e-5
+    print(f"undisturbed {undisturbed_seconds:.0f} s; killed while it was to", ", ".join(at))
 
 
 def test_sigterm_stops_it_with_75_and_the_same_command_goes_on(world, starter):
