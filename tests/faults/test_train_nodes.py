@@ -1,4 +1,4 @@
-"""Training on a cluster whose nodes are lost, announced to be taken back, and replaced: it learns what it would have."""
+"""Training on a cluster whose nodes are lost, announced to be taken back, and replaced: the model is the same."""
 
 import json
 from collections.abc import Iterator
