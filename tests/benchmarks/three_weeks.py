@@ -175,10 +175,8 @@ def roll_back(folder: Path) -> tuple[str, bool]:
     plan = load_plan(locate(str(folder / "reranked")))
     served = plan.parts.get("registered model", "nothing") if plan else "nothing"
     told = f"rolled back from {before} to {entry.version}; the next rerank (exit {code}) was by {served}"
-    return (
-        told,
-        code == runtime.DONE and served == f"{registry.SCHEME}{NAME}@{entry.version}" and before != entry.version,
-    )
+    is_served = code == runtime.DONE and served == f"{registry.SCHEME}{NAME}@{entry.version}"
+    return told, is_served and before != entry.version
 
 
 def promote_by_hand(folder: Path, place: Location) -> None:
