@@ -219,7 +219,8 @@ def choose(
 def checkpoint(source: str, registry_uri: str | None, options: Mapping[str, Any], **settings: Any) -> CheckpointModel:
     """The checkpoint that `source` names, as `choose` gives it, with `settings` of CheckpointModel.
 
-    A folder becomes its full path, since workers have working folders of their own. Raises InputError where the registry has no such version, RunConflictError where that is damaged.
+    A folder becomes its full path, since workers have working folders of their own. Raises InputError where the
+    registry has no such version, RunConflictError where that is damaged.
     """
     if not source.startswith(registry.SCHEME):
         folder = Path(source).expanduser()

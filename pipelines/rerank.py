@@ -193,7 +193,9 @@ class _Quiet:
             return ""
         self._next_seconds *= 2
         shortage = self._describe_shortage()
-        remedy = f": {shortage}; add a node, or stop the run and resume it with fewer scoring.actors" if shortage else ""
+        remedy = (
+            f": {shortage}; add a node, or stop the run and resume it with fewer scoring.actors" if shortage else ""
+        )
         return f"no shard has finished for {seconds:,.0f} s{remedy}"
 
 

@@ -4,7 +4,6 @@ Every driver is a process with a Ray of its own. The oracle is an undisturbed ru
 """
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from tests.support.collections import (
     read_results,
     write_job,
 )
-from tests.support.models import EXIT, KILL, NAN, QUIT, RAISE
+from tests.support.models import KILL, NAN, QUIT, RAISE
 from tests.support.processes import DriverProcess, is_running, ray_workers
 from tests.support.rerank_driver import Drivers, drivers
 
@@ -105,26 +104,22 @@ def test_actors_that_are_killed_again_and_again_cost_nothing(settings, undisturb
 def test_documents_that_end_the_scoring_process_are_refused_alone_and_all_others_ranked(
     collection, undisturbed, starter, tmp_path
 ):
-    markers = {7: KILL, 33: EXIT, 46: QUIT, 58: RAISE, 72: NAN}
+    markers = {7: KILL, 33: QUIT, 58: RAISE, 72: NAN}
     pairs = collection.pairs.copy()
     for row, marker in markers.items():
         pairs.loc[row, "text"] = f"{pairs.loc[row, 'text']} {marker}"
-    started = time.monotonic()
     driver = starter.run(make_job(tmp_path, Collection(pairs, tmp_path / "bad").write("pairs") | SHARD))
     assert driver.wait(0) == 0, driver.tail()
-    print(f"five bad documents: {time.monotonic() - started:.0f} s")
     quarantine = read_quarantine(tmp_path / "out")
     crash, raised, nan = "scoring_crash", "scoring_error", "score_not_finite"
     assert dict(zip(quarantine.row, quarantine.reason, strict=True)) == {
         7: crash,
         33: crash,
-        46: crash,
         58: raised,
         72: nan,
     }
-    assert quarantine.detail.tolist()[:4] == [
+    assert quarantine.detail.tolist()[:3] == [
         "the process ended with code -9",
-        "the process ended with code 3",
         "the process ended with code 0",
         "RuntimeError: this document cannot be scored",
     ]
