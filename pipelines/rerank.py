@@ -193,10 +193,8 @@ class _Quiet:
             return ""
         self._next_seconds *= 2
         shortage = self._describe_shortage()
-        remedy = (
-            f": {shortage}; add a node, or stop the run and resume it with fewer scoring.actors" if shortage else ""
-        )
-        return f"no shard has finished for {seconds:,.0f} s{remedy}"
+        remedy = "add a node, or stop the run and resume it with fewer scoring.actors"
+        return f"no shard has finished for {seconds:,.0f} s" + (f": {shortage}; {remedy}" if shortage else "")
 
 
 class _Run:

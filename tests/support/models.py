@@ -16,12 +16,12 @@ from pipelines import storage
 from pipelines.testing import FakeModel
 
 #: Words that a document may hold, and what the stumbling scorer does when it meets one.
-NAN, RAISE, KILL, EXIT, QUIT = "markernan", "markerraise", "markerkill", "markerexit", "markerquit"
+NAN, RAISE, KILL, QUIT = "markernan", "markerraise", "markerkill", "markerquit"
 
 
 @dataclass(frozen=True, slots=True)
 class StumblingModel(FakeModel):
-    """A FakeModel that gives NaN, raises, is killed or exits (with 3, or with 0) on documents with a marker word.
+    """A FakeModel that gives NaN, raises, is killed or exits (with 0) on documents with a marker word.
 
     With `on_load` its scorer cannot be loaded at all. Its scorers write a line to the file `score_log` when they begin
     and when they end: which, and a digest of the pairs.
@@ -66,8 +66,6 @@ class StumblingScorer:
         found = {word for word, token in self.markers.items() if (pairs.input_ids == token).any()}
         if KILL in found:
             os.kill(os.getpid(), signal.SIGKILL)
-        if EXIT in found:
-            os._exit(3)
         if QUIT in found:
             os._exit(0)
         if RAISE in found:
@@ -86,7 +84,7 @@ class StumblingScorer:
 
 
 def marker_ids(tokenizer: FakeTokenizer) -> dict[str, int]:
-    words = (NAN, RAISE, KILL, EXIT, QUIT)
+    words = (NAN, RAISE, KILL, QUIT)
     pairs = tokenizer.encode([""] * len(words), list(words))
     return {
         word: int(pairs.input_ids[pairs.offsets[i] : pairs.offsets[i + 1]].tolist()[2]) for i, word in enumerate(words)
