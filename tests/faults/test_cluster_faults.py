@@ -25,7 +25,7 @@ from tests.support.collections import (
 from tests.support.models import NAN
 from tests.support.processes import DriverProcess, wait_for
 from tests.support.ray_nodes import Nodes, WorkerNode, ray_nodes
-from tests.support.rerank_driver import Drivers, drivers
+from tests.support.rerank_driver import Drivers, drivers, undisturbed
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.faults]
 #: With it a shard of 20 candidates takes about half a second.
@@ -39,7 +39,7 @@ class Scene:
     def __init__(self, folder: Path) -> None:
         collection = with_bad_rows(make_collection(folder / "in", num_queries=80), marker=NAN)
         self.settings = collection.write("pairs") | {"shard_candidates": 20}
-        self.oracle = undisturbed(folder, self.settings)
+        self.oracle = oracle_of(folder, self.settings)
 
     def job(self, folder: Path, **more: object) -> str:
         scoring = {"actors": 2, "cpus_per_actor": 1}
@@ -48,18 +48,13 @@ class Scene:
         )
 
 
-def undisturbed(folder: Path, settings: dict[str, object]) -> dict[str, bytes]:
+def oracle_of(folder: Path, settings: dict[str, object]) -> dict[str, bytes]:
     """The bytes of every table of a run that nobody disturbs."""
-    (folder / "oracle").mkdir()
-    job = write_job(folder / "oracle" / "job.yaml", output=str(folder / "oracle" / "out"), **settings)
-    with drivers(folder / "oracle") as starter:
-        driver = starter.run(job)
-        assert driver.wait(0) == 0, driver.tail()
-    return part_bytes(folder / "oracle" / "out")
+    return part_bytes(undisturbed(write_job(folder / "oracle.yaml", output=str(folder / "oracle"), **settings)))
 
 
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+def scene(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Scene:
     return Scene(tmp_path_factory.mktemp("scene"))
 
 
@@ -179,6 +174,7 @@ def test_the_death_of_the_control_service_ends_the_run_with_a_message_and_anothe
     assert {name: parts(tmp_path / "out")[name] for name in before} == before
 
 
+@pytest.mark.usefixtures("ray_cluster")
 def test_shards_larger_together_than_the_object_store_are_held_back_not_lost(starter, tmp_path):
     """200 MB of columns that are passed through, for stores of 80 MB, the smallest that Ray makes."""
     collection = make_collection(tmp_path / "in", num_queries=500)
@@ -186,7 +182,7 @@ def test_shards_larger_together_than_the_object_store_are_held_back_not_lost(sta
     pairs = collection.pairs.assign(ballast=[ballast[i : i + 20_000] for i in range(0, len(ballast), 20_000)])
     settings = Collection(pairs, tmp_path / "in").write("pairs")
     settings |= {"shard_candidates": 250, "pass_through": ["ballast"]}
-    oracle = undisturbed(tmp_path, settings)
+    oracle = oracle_of(tmp_path, settings)
     scoring = {"actors": 2, "cpus_per_actor": 1}
     job = write_job(tmp_path / "job.yaml", output=str(tmp_path / "out"), scoring=scoring, **settings)
     with ray_nodes(tmp_path / "nodes", object_store_mb=80) as nodes:

@@ -16,7 +16,7 @@ from tests.support.collections import make_collection, part_bytes, parts, visibl
 from tests.support.filesystems import small_disk
 from tests.support.models import NAN
 from tests.support.processes import DriverProcess, ray_workers
-from tests.support.rerank_driver import Drivers, drivers
+from tests.support.rerank_driver import Drivers, drivers, undisturbed
 
 pytestmark = pytest.mark.timeout(900)
 #: With it a shard of 20 candidates takes about half a second, so that a kill finds work under way.
@@ -43,16 +43,13 @@ class Scene:
         if layout not in self._oracles:
             folder = self._folder / layout
             folder.mkdir()
-            with drivers(folder) as starter:
-                driver = starter.run(self.job(folder, layout))
-            assert driver.wait(0) == 0, driver.tail()
-            self._oracles[layout] = part_bytes(folder / "out")
+            self._oracles[layout] = part_bytes(undisturbed(self.job(folder, layout)))
             assert any(path.startswith("quarantine/") for path in self._oracles[layout])
         return self._oracles[layout]
 
 
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+def scene(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Scene:
     return Scene(tmp_path_factory.mktemp("scene"))
 
 

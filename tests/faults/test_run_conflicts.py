@@ -22,6 +22,7 @@ from pipelines.config import RerankConfig
 from pipelines.metrics import run_tag
 from pipelines.rerank import rerank
 from pipelines.storage import locate
+from tests.support import rerank_driver
 from tests.support.collections import Collection, make_collection, part_bytes, parts, visible_files, write_job
 from tests.support.models import StumblingModel
 from tests.support.rerank_driver import Drivers, drivers
@@ -44,13 +45,9 @@ def settings(collection: Collection) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(settings: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(settings: dict[str, object], tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
     """The output of a run that nothing disturbs."""
-    folder = tmp_path_factory.mktemp("oracle")
-    with drivers(folder) as starter:
-        driver = starter.run(make_job(folder, settings))
-    assert driver.wait(0) == 0, driver.tail()
-    return folder / "out"
+    return rerank_driver.undisturbed(make_job(tmp_path_factory.mktemp("oracle"), settings))
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from crossenc.testing import tiny_checkpoint
+from tests.support import rerank_driver
 from tests.support.collections import (
     Collection,
     make_collection,
@@ -48,13 +49,9 @@ def starter(tmp_path: Path) -> Iterator[Drivers]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(settings: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(settings: dict[str, object], tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
     """The output of a run that nothing disturbs."""
-    folder = tmp_path_factory.mktemp("oracle")
-    with drivers(folder) as starter:
-        driver = starter.run(make_job(folder, settings))
-    assert driver.wait(0) == 0, driver.tail()
-    return folder / "out"
+    return rerank_driver.undisturbed(make_job(tmp_path_factory.mktemp("oracle"), settings))
 
 
 def make_job(folder: Path, settings: dict[str, object]) -> str:

@@ -13,6 +13,7 @@ written aside and not yet "publish"ed. MARK is a file that it creates, so that o
 
 import argparse
 import importlib
+import io
 import os
 import signal
 import sys
@@ -66,6 +67,19 @@ def drivers(logs: Path) -> Iterator[Drivers]:
             yield starter
         finally:
             starter.cleanup()
+
+
+def undisturbed(job: str) -> Path:
+    """Runs a job in this process, on the Ray of all tests, with nobody to disturb it; returns its output folder."""
+    from jobs import config
+    from pipelines.config import RerankConfig
+    from pipelines.rerank import rerank
+    from tests.support.models import StumblingModel
+
+    settings = config.load(RerankConfig, job)
+    outcome = rerank(settings, connect=lambda: 2, stream=io.StringIO(), model=StumblingModel())
+    assert outcome.state == "done", outcome.message
+    return Path(settings.output)
 
 
 @dataclass(frozen=True)
