@@ -191,7 +191,7 @@ def describe(job: RetrainJob) -> list[str]:
         return lines + [f"{'done' if step.done else 'to do':<12} {step.name}" for step in steps]
     made = _make(job, known)
     if made is None:
-        return [*lines, f"{'labels':<12} {len(job.files):,} files, none of them new: nothing to do"]
+        return [*lines, f"{'labels':<12} {len(job.files):,} files; {_nothing_new(job, known)}: nothing to do"]
     num_bytes = sum(file.num_bytes for file in made.files)
     lines.append(f"{'labels':<12} {len(made.files):,} files to train on, {num_bytes / 1e6:,.1f} MB; new are")
     lines += [f"{'':<12} {file.uri}" for file in made.new_files]
@@ -230,7 +230,7 @@ def retrain(
             run.begin("labels", "looking for new labels …")
             pending = _make(job, known)
             if pending is None:
-                return Outcome("nothing new", f"nothing to do: no label file is new since {_last(known)}")
+                return Outcome("nothing new", f"nothing to do: {_nothing_new(job, known)}")
             pending = records.begin(job.output, pending)
             run.say(f"{pending.key}: {len(pending.new_files):,} new of {len(job.files):,} files of labels")
         run.retraining = pending
@@ -241,9 +241,10 @@ def retrain(
             return Outcome("stopped", message, run.folder)
 
 
-def _last(known: Sequence[tuple[Retraining, Ending | None]]) -> str:
-    decided = [one.key for one, ending in known if ending is not None and ending.state != "void"]
-    return decided[-1] if decided else "the first"
+def _nothing_new(job: RetrainJob, known: Sequence[tuple[Retraining, Ending | None]]) -> str:
+    last, ending = records.decided(known, job.registry, job.config.name)[-1]
+    was = ", which was refused: with other settings or labels it is tried again" if ending.state == "refused" else ""
+    return f"no label file is new since {last.key}{was}"
 
 
 def _make(job: RetrainJob, known: Sequence[tuple[Retraining, Ending | None]]) -> Retraining | None:
@@ -252,7 +253,9 @@ def _make(job: RetrainJob, known: Sequence[tuple[Retraining, Ending | None]]) ->
     Raises InputError where something cannot work, or where what is learned from is judged on.
     """
     config = job.config
-    files = records.label_files(job.files, records.used_files(known))
+    before = records.decided(known, job.registry, config.name)
+    again = records.to_try_again(before, job.files, job.parts)
+    files = records.label_files(job.files, records.used_files(before, again))
     if not any(file.is_new for file in files):
         return None
     chosen = files if config.use == "all" else [file for file in files if file.is_new]

@@ -4,8 +4,8 @@
     retrainings/<key>/decision.json     promote or refuse, with reasons and figures
     retrainings/<key>/ending.json       promoted, refused or void: nothing is left to do
 
-Label files count as used once a retraining that trained on them was promoted or refused. It knows nothing of how the
-steps between are done.
+Label files count as used once a retraining that trained on them was promoted or refused. One that was refused may be
+tried again: its files are new once more. It knows nothing of how the steps between are done.
 """
 
 import hashlib
@@ -146,10 +146,39 @@ def steps(output: Location, retraining: Retraining) -> list[Step]:
     return [*found, Step("promote or refuse", False)]
 
 
-def used_files(known: Iterable[tuple[Retraining, Ending | None]]) -> set[tuple[str, int, str]]:
-    """The label files, by identity, that a decided retraining was about."""
-    decided = [one for one, ending in known if ending is not None and ending.state != "void"]
-    return {file.identity for one in decided for file in one.files}
+def decided(
+    known: Iterable[tuple[Retraining, Ending | None]], registry: Location, name: str
+) -> list[tuple[Retraining, Ending]]:
+    """The retrainings of one model in one registry that were promoted or refused, the oldest first."""
+    ended = [(one, ending) for one, ending in known if ending is not None and ending.state != "void"]
+    return [(one, ending) for one, ending in ended if _model_of(one, registry) == (registry.uri, name)]
+
+
+def _model_of(one: Retraining, registry: Location) -> tuple[str, str]:
+    """The registry and the name in it that a retraining made a version for."""
+    uri, name = (json.loads(one.parts.get(f"option {part}", "null")) for part in ("registry", "name"))
+    return locate(uri, registry.options).uri if uri else "", name
+
+
+def to_try_again(
+    before: Sequence[tuple[Retraining, Ending]], files: Sequence[FileInfo], parts: Mapping[str, str]
+) -> Retraining | None:
+    """The last decided retraining, where it was refused and could end otherwise now.
+
+    That is so with other settings or another fixed set, and where one of its files was changed or removed.
+    """
+    if not before or before[-1][1].state != "refused":
+        return None
+    last = before[-1][0]
+    present = {(file.location.uri, file.num_bytes, file.version) for file in files}
+    is_same = last.parts == parts and all(file.identity in present for file in last.files)
+    return None if is_same else last
+
+
+def used_files(before: Iterable[tuple[Retraining, Ending]], again: Retraining | None) -> set[tuple[str, int, str]]:
+    """The label files, by identity, that decided retrainings were about, but for what was new to one tried again."""
+    used = {file.identity for one, _ in before for file in one.files}
+    return used - {file.identity for file in again.new_files} if again is not None else used
 
 
 def label_files(files: Sequence[FileInfo], used: set[tuple[str, int, str]]) -> list[LabelFile]:

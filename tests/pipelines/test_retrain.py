@@ -12,11 +12,13 @@ import pytest
 from crossenc import CrossEncoder, saving
 from crossenc.errors import ConfigError, InputError, RunConflictError, StorageError
 from crossenc.evaluation.results import FIRST_STAGE
+from crossenc.testing import tiny_checkpoint
 from jobs import status as status_job
-from pipelines import lease, registry, retrain_records
+from pipelines import lease, registry
 from pipelines import retrain as retraining
+from pipelines import retrain_records as records
 from pipelines.retrain import Outcome, describe, needs, resolve, retrain
-from pipelines.retrain_records import read_all
+from pipelines.retrain_records import Ending, Retraining, read_all
 from pipelines.status import look_at_retraining
 from pipelines.storage import locate
 from tests.support.retraining import World, make_world, quick_world
@@ -71,7 +73,9 @@ def test_three_weeks_promote_do_nothing_refuse_and_promote_again(world):
     assert "a gain is asked for" in refused.message and "not below 0.05" in refused.message
     assert len(history(world)) == 1 and (folder_of(refused) / "trained/model/config.json").exists()
     assert "Refused" in (folder_of(refused) / "report.html").read_text()
-    assert go(world).state == "nothing new", "labels of a refused retraining are not tried again by themselves"
+    still = go(world)
+    assert still.state == "nothing new", "labels of a refused retraining are not tried again by themselves"
+    assert f"{folder_of(refused).name}, which was refused: with other settings or labels" in still.message
 
     world.week(3, num_lists=80)
     second = go(world)
@@ -92,6 +96,67 @@ def test_only_new_labels_are_trained_on_where_that_is_asked_for(world):
     outcome = go(world, use="new")
     [(one, _)] = read_all(locate(str(world.folder / "out")))[1:]
     assert outcome.state == "promoted" and [Path(file.uri).name for file in one.files] == ["week-2.parquet"]
+
+
+def ended(world: World, state: str, **more) -> Retraining:
+    """A retraining of the labels as they are, not done but for its beginning and its ending."""
+    job = resolve(world.config(**more))
+    made = retraining._make(job, read_all(job.output))
+    assert made is not None
+    records.end(job.output, records.begin(job.output, made), Ending(state, "as the test says", None, 2.0))
+    return made
+
+
+def next_one(world: World, **more) -> list[tuple[str, bool]] | None:
+    """The files of the retraining that would begin now, and whether they are new; None where there is none."""
+    job = resolve(world.config(**more))
+    made = retraining._make(job, read_all(job.output))
+    return None if made is None else [(Path(file.uri).name, file.is_new) for file in made.files]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"train": {"epochs": 3}}, {"gate": {"max_p": 0.2}}, {"base": "other"}, {"name": "other"}, {"registry": "other"}],
+)
+def test_a_refused_retraining_is_tried_again_with_other_settings(world, change):
+    for name in ("base", "registry"):
+        change = {key: str(world.folder / value) if key == name else value for key, value in change.items()}
+    tiny_checkpoint(world.folder / "other", max_length=64, seed=1)
+    world.week(1)
+    ended(world, "refused")
+    assert next_one(world) is None
+    assert next_one(world, **change) == [("week-1.parquet", True)]
+
+
+def test_a_refused_retraining_is_tried_again_without_a_file_that_is_removed_or_repaired(world):
+    for use in ("all", "new"):
+        output, first = str(world.folder / use), world.week(1)
+        ended(world, "promoted", output=output, use=use)
+        good, bad = world.week(2), world.week(3, share_right=0.1)
+        ended(world, "refused", output=output, use=use)
+        assert next_one(world, output=output, use=use) is None
+        world.week(3, num_lists=13)
+        learned = [(first.name, False)] if use == "all" else []
+        assert next_one(world, output=output, use=use) == [*learned, (good.name, True), (bad.name, True)]
+        bad.unlink()
+        assert next_one(world, output=output, use=use) == [*learned, (good.name, True)]
+        ended(world, "refused", output=output, use=use)
+        assert next_one(world, output=output, use=use, train={"epochs": 3}) == [*learned, (good.name, True)]
+        good.unlink()
+        assert next_one(world, output=output, use=use) is None, "the version in use learned what is left"
+
+
+def test_labels_that_a_promoted_or_void_retraining_had_are_not_tried_again_or_are(world):
+    world.week(1)
+    ended(world, "promoted")
+    assert next_one(world, train={"epochs": 3}) is None
+    world.week(2)
+    ended(world, "void")
+    assert next_one(world) == [("week-1.parquet", False), ("week-2.parquet", True)]
+    assert next_one(world, registry=str(world.folder / "second")) == [
+        ("week-1.parquet", True),
+        ("week-2.parquet", True),
+    ]
 
 
 def test_a_decision_is_told_to_people_and_to_programs(world):
@@ -207,7 +272,7 @@ def test_one_that_is_overtaken_before_it_has_decided_trains_no_further(world, mo
     job = resolve(world.config())
     made = retraining._make(job, [])
     assert made is not None
-    retrain_records.begin(job.output, made)
+    records.begin(job.output, made)
     place = job.registry
     registry.store_version(
         place, "reranker", "theirs", {"model": locate(str(world.folder / "base"))}, parent=None, facts={}
@@ -314,7 +379,7 @@ def test_a_dry_run_and_the_status_say_what_is_to_do_and_write_nothing(world, cap
     assert status_job.run(str(world.folder / "out")) == 0
     assert "resumable" in capsys.readouterr().out
     go(world)
-    assert "none of them new: nothing to do" in "\n".join(describe(resolve(world.config())))
+    assert "no label file is new since" in "\n".join(describe(resolve(world.config())))
     status_job.run(str(world.folder / "out"))
     out = capsys.readouterr().out
     assert "finished" in out and "1 promoted, 0 refused, 0 void" in out
