@@ -12,12 +12,12 @@ import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from crossenc.errors import ConfigError, InputError, RunConflictError, StorageError
+from crossenc.errors import ConfigError, CrossEncError, InputError, RunConflictError, StorageError
 from crossenc.evaluation.gate import Decision, decide
 from crossenc.evaluation.results import FIRST_STAGE, Evaluation
 from crossenc.model import CrossEncoder
@@ -30,6 +30,7 @@ from pipelines import rerank as reranking
 from pipelines import retrain_records as records
 from pipelines import train as training
 from pipelines.distill import STUDENT_FOLDER
+from pipelines.evaluate import read_qrels
 from pipelines.evaluation_inputs import Source
 from pipelines.evaluation_output import EVALUATION_FILE, LOSSES_FILE, PER_QUERY_FILE, load
 from pipelines.finish import REPORT_FILE
@@ -39,6 +40,7 @@ from pipelines.retrain_config import RetrainConfig
 from pipelines.retrain_leaks import (
     FixedQueries,
     Leak,
+    Query,
     candidate_queries,
     find_leaks,
     fixed_queries,
@@ -61,6 +63,7 @@ from pipelines.storage import (
     redact,
 )
 from pipelines.texts import find_table
+from pipelines.train_data import NothingToLearnError
 from pipelines.train_data_config import LabelledData
 from pipelines.train_files import find_columns
 from pipelines.train_files import list_files as list_input
@@ -236,6 +239,14 @@ def retrain(
         run.retraining = pending
         try:
             return _finish(run)
+        except NothingToLearnError as error:
+            _end(run, "void", str(error), None, None)
+            raise NothingToLearnError(
+                f"{error}\n{pending.key} is void; the same command begins another one with the labels as they are then"
+            ) from None
+        except CrossEncError:
+            run.say(f"{pending.key} is not finished: the same command goes on with it, --new-run begins another one")
+            raise
         except _StoppedError:
             message = run.lost[0] if run.lost else f"stopped; run the same command again to resume {run.folder}"
             return Outcome("stopped", message, run.folder)
@@ -264,10 +275,15 @@ def _make(job: RetrainJob, known: Sequence[tuple[Retraining, Ending | None]]) ->
     _check_models(job, parent)
     fixed = fixed_queries(job.sources, config.max_text_bytes)
     _refuse_leaks(job, fixed)
-    leaks = _label_leaks(job, chosen, fixed)
+    leaks, num_rows = _label_leaks(job, chosen, fixed)
     if leaks and config.leaking == "refuse":
         remedy = "Take these rows out of the labels, or set leaking: drop to train without them."
         raise refusal(leaks, "the labels", remedy)
+    if len(leaks) == num_rows:
+        raise InputError(
+            f"nothing is left to train on: {num_rows:,} rows of labels can be read, and {len(leaks):,} are judged on"
+        )
+    _check_judgements(job, chosen)
     numbers = Counter(leak.query.file.location.uri for leak in leaks)
     chosen = [replace(file, num_leaking=numbers[file.uri]) for file in chosen]
     now = round(time.time(), 3)
@@ -291,10 +307,30 @@ def _check_models(job: RetrainJob, parent: str | None) -> None:
         mining.resolve(config.mine_config(config.labels.uris, None, f"{nowhere}/{records.MINED_FOLDER}"))
 
 
-def _label_leaks(job: RetrainJob, files: Sequence[LabelFile], fixed: FixedQueries) -> list[Leak]:
-    """The rows of labels whose query is judged on."""
+def _check_judgements(job: RetrainJob, files: Sequence[LabelFile]) -> None:
+    """Raises InputError where there are labels to mine for, and they are no judgements or have no positive one."""
+    if job.config.mine is None:
+        return
+    qrels = read_qrels(tuple(file.uri for file in files), job.options)
+    if not any(grade > 0 for grades in qrels.values() for grade in grades.values()):
+        raise InputError(
+            f"the labels judge {len(qrels):,} queries, and none with a relevant document: there is nothing to mine"
+        )
+
+
+def _label_leaks(job: RetrainJob, files: Sequence[LabelFile], fixed: FixedQueries) -> tuple[list[Leak], int]:
+    """The rows of labels whose query is judged on, and how many rows can be read."""
     infos = [records.as_info(file, job.options) for file in files]
-    return find_leaks(label_queries(job.config.labels, infos, job.options, job.config.max_text_bytes), fixed)
+    queries = label_queries(job.config.labels, infos, job.options, job.config.max_text_bytes)
+    num_rows = 0
+
+    def counted() -> Iterator[Query]:
+        nonlocal num_rows
+        for query in queries:
+            num_rows += 1
+            yield query
+
+    return find_leaks(counted(), fixed), num_rows
 
 
 def _refuse_leaks(job: RetrainJob, fixed: FixedQueries) -> None:
@@ -407,7 +443,7 @@ def _labels(run: _Run) -> LabelledData:
     if leaking:
         run.begin("labels", f"leaving {sum(file.num_leaking for file in leaking):,} rows out that are judged on …")
         fixed = fixed_queries(run.job.sources, config.max_text_bytes)
-        found = _label_leaks(run.job, leaking, fixed)
+        found, _ = _label_leaks(run.job, leaking, fixed)
         for number, file in enumerate(leaking):
             rows = {leak.query.row for leak in found if leak.query.file.location.uri == file.uri}
             name, body = without_rows(records.as_info(file, run.job.options), rows)
@@ -417,8 +453,7 @@ def _labels(run: _Run) -> LabelledData:
                 continue
             put_new(place, body)
             uris[file.uri] = place.uri
-    if not uris:
-        raise InputError("every row of the labels is judged on: nothing is left to train on")
+    assert uris, "there were other rows when it began"
     return config.labels.model_copy(update={"files": tuple(uris.values())})
 
 
@@ -436,7 +471,7 @@ def _mine(run: _Run, judgements: LabelledData, start: str) -> LabelledData:
     mined = mining.mine(settings, stream=run.stream, should_stop=run.is_over)
     _go_on(run, mined.state)
     if mined.counts is None or not mined.counts.num_rows:
-        raise InputError(f"no judged query gave a list to train on: see {place} for why")
+        raise NothingToLearnError(f"no judged query gave a list to train on: see {place} for why")
     return LabelledData(files=(place / DATA_FOLDER).uri, group=judgements.group, max_documents=judgements.max_documents)
 
 

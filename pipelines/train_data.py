@@ -144,6 +144,10 @@ class PrepareProgress:
     num_pairs: int
 
 
+class NothingToLearnError(InputError):
+    """Labelled data gives not one list to train on, or to validate on."""
+
+
 class StoppedError(CrossEncError):
     """Preparing was told to stop; calling it again goes on where it was."""
 
@@ -440,7 +444,7 @@ def _side(
     if not found:
         why = f"; refused, see quarantine/: {dict(sorted(refused.items()))}" if refused else ""
         remedy = "give more data, or another validation_share" if job.validation_share else "check the files"
-        raise InputError(
+        raise NothingToLearnError(
             f"{', '.join(job.data.uris)} has no list for {side} in {counts.num_rows:,} rows: {remedy}{why}"
         )
     parts = tuple(

@@ -4,13 +4,14 @@ import io
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
 from crossenc import CrossEncoder, saving
-from crossenc.errors import ConfigError, InputError, RunConflictError, StorageError
+from crossenc.errors import ConfigError, CrossEncError, InputError, RunConflictError, StorageError
 from crossenc.evaluation.results import FIRST_STAGE
 from crossenc.testing import tiny_checkpoint
 from jobs import status as status_job
@@ -21,6 +22,7 @@ from pipelines.retrain import Outcome, describe, needs, resolve, retrain
 from pipelines.retrain_records import Ending, Retraining, read_all
 from pipelines.status import look_at_retraining
 from pipelines.storage import locate
+from pipelines.train_data import NothingToLearnError
 from tests.support.retraining import World, make_world, quick_world
 
 
@@ -183,7 +185,8 @@ def test_a_decision_is_told_to_people_and_to_programs(world):
     assert card.index("### On clicks") < card.index("## Training Details") and "model-index" in card.split("---")[1]
 
 
-def test_judgements_become_lists_with_mined_negatives(world):
+def judgements(world: World) -> dict[str, Any]:
+    """Settings to mine for labels that are judgements, with their tables and candidates."""
     pairs = pd.read_parquet(world.folder / "fixed.parquet")
     pairs["query_id"] = "t" + pairs["query_id"]
     pairs["query"] = "training " + pairs["query"]
@@ -191,16 +194,68 @@ def test_judgements_become_lists_with_mined_negatives(world):
     queries = pairs[["query_id", "query"]].drop_duplicates().rename(columns={"query": "text"})
     queries.to_parquet(world.folder / "queries.parquet", index=False)
     pairs[["doc_id", "text"]].drop_duplicates().to_parquet(world.folder / "corpus.parquet", index=False)
-    (world.folder / "labels").mkdir()
-    judged = pairs[pairs["rank"] == 5].assign(label=1)[["query_id", "doc_id", "label"]]
-    for week in (1, 2):
-        judged.iloc[week::2].to_parquet(world.folder / f"labels/week-{week}.parquet", index=False)
     tables = {"queries": str(world.folder / "queries.parquet"), "corpus": str(world.folder / "corpus.parquet")}
     mine = {"candidates": str(world.folder / "candidates.parquet"), "num_negatives": 2}
-    outcome = go(world, labels={"files": str(world.folder / "labels"), **tables}, mine=mine)
+    return {"labels": {"files": str(world.folder / "labels"), **tables}, "mine": mine}
+
+
+def judge(world: World, week: int, first: int, label: int = 1, prefix: str = "t") -> Path:
+    """Judgements of a week: every other query's document that is relevant."""
+    rows = [(f"{prefix}q{n}", f"d{n}-5", label) for n in range(first, 40, 2)]
+    path = world.folder / f"labels/week-{week}.parquet"
+    path.parent.mkdir(exist_ok=True)
+    pd.DataFrame(rows, columns=["query_id", "doc_id", "label"]).to_parquet(path, index=False)
+    return path
+
+
+def test_judgements_become_lists_with_mined_negatives(world):
+    settings = judgements(world)
+    judge(world, 1, first=1)
+    judge(world, 2, first=2)
+    outcome = go(world, **settings)
     assert outcome.state == "promoted", outcome.message
     lists = pq.read_table(folder_of(outcome) / "mined/data").to_pylist()
     assert len(lists) == 39 and all(row["labels"] == [1.0, 0.0, 0.0] for row in lists)
+
+
+def test_labels_that_give_no_list_hold_up_no_later_ones(world):
+    settings = judgements(world)
+    bad = judge(world, 1, first=1, label=0)
+    with pytest.raises(InputError, match="judge 20 queries, and none with a relevant document"):
+        go(world, **settings)
+    assert not (world.folder / "out/retrainings").exists()
+    bad.unlink()
+    judge(world, 1, first=1, prefix="unknown-")
+    with pytest.raises(
+        InputError, match=r"(?s)no judged query gave a list .* is void; the same command begins another"
+    ):
+        go(world, **settings)
+    judge(world, 2, first=2)
+    outcome = go(world, **settings)
+    assert outcome.state == "promoted", outcome.message
+    [(_, ending), (one, _)] = read_all(locate(str(world.folder / "out")))
+    assert ending is not None and ending.state == "void" and len(one.new_files) == 2
+
+
+def test_a_training_without_lists_is_void_and_another_failure_names_the_remedy(world, monkeypatch):
+    world.week(1)
+    real, says = retraining.training.train, io.StringIO()
+    failures = iter([CrossEncError("the loss is no number"), NothingToLearnError("labels have no list for train")])
+
+    def failing(*_, **__):
+        raise next(failures)
+
+    monkeypatch.setattr(retraining.training, "train", failing)
+    with pytest.raises(CrossEncError, match="no number"):
+        retrain(world.config(), connect=no_ray, stream=says)
+    assert "the same command goes on with it, --new-run begins another one" in says.getvalue()
+    [(one, ending)] = read_all(locate(str(world.folder / "out")))
+    assert ending is None
+    with pytest.raises(InputError, match=rf"no list for train\n{one.key} is void"):
+        go(world)
+    monkeypatch.setattr(retraining.training, "train", real)
+    world.week(2)
+    assert next_one(world) == [("week-1.parquet", True), ("week-2.parquet", True)]
 
 
 def test_leaks_are_refused_by_name_and_dropped_where_that_is_asked_for(world):
@@ -213,6 +268,11 @@ def test_leaks_are_refused_by_name_and_dropped_where_that_is_asked_for(world):
     assert f"'judged THE 0' ({leaky.as_uri()}, row 0) is q0 of clicks" in told
     assert not (world.folder / "out/retrainings").exists() and not (world.folder / "registry").exists()
     world.week(3, num_lists=4, queries=["judged and 2"])
+    with pytest.raises(
+        InputError, match="nothing is left to train on: 4 rows of labels can be read, and 4 are judged on"
+    ):
+        go(world, leaking="drop", labels=str(world.folder / "labels/week-3.parquet"))
+    assert not (world.folder / "out/retrainings").exists()
     outcome = go(world, leaking="drop")
     assert outcome.state == "promoted"
     kept = pq.read_table(folder_of(outcome) / "labels/000000-week-2.parquet").column("query").to_pylist()
