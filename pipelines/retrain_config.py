@@ -168,10 +168,11 @@ class RetrainConfig(BaseModel):
         names = [collection.name for collection in self.evaluation.collections]
         if self.gate.collection not in (None, *names):
             raise ValueError(f"gate.collection is {self.gate.collection}; evaluation has {', '.join(names)}")
-        segments = {column for collection in self.evaluation.collections for column in collection.segments}
+        decisive = [one for one in self.evaluation.collections if self.gate.collection in (None, one.name)]
+        segments = {column for collection in decisive for column in collection.segments}
         for name in self.gate.segment_floors:
             if name.partition("=")[0] not in segments:
-                raise ValueError(f"gate.segment_floors: no collection of evaluation has {name} among its segments")
+                raise ValueError(f"gate.segment_floors: no collection that the gate looks at has {name} as a segment")
         if self.mine is not None and self.labels.queries is None:
             raise ValueError("mine needs labels that are judgements: ids, with the tables queries and corpus")
         try:

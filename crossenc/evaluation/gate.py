@@ -4,7 +4,7 @@ A model is promoted when every rule of the gate holds, and refused when one does
 rule by rule. The gate knows figures only: it runs no model, reads no file and moves nothing.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 
@@ -27,7 +27,8 @@ class Gate:
     `min_queries`: judged queries, at least; fewer prove nothing.
     `beat_first_stage`: at every depth of the evaluation the mean must be above the first stage's.
     `segment_floors`: least mean difference to the baseline (usually negative) by segment: `column=value`, or `column`
-    for all its other values. A segment of fewer than `min_segment_queries` is too noisy to be held against a model.
+    for all its other values, on each collection that has it; one must. A segment of fewer than `min_segment_queries`
+    is too noisy to be held against a model.
     `max_slowdown`: time per pair, at most so many times the baseline's. Both are timed while they score, one after the
     other: on a machine that is busy with other work the two times do not compare.
     """
@@ -111,6 +112,7 @@ def decide(gate: Gate, evaluation: Evaluation, candidate: str) -> Decision:
         checks += _depths(gate, collection, found)
         checks += _segments(gate, collection, found)
         checks += _slowdown(gate, collection, found, baseline)
+    checks += _missing_segments(gate, _collections(gate, evaluation), candidate)
     return Decision(all(check.holds for check in checks), candidate, evaluation.baseline, tuple(checks))
 
 
@@ -168,16 +170,21 @@ def _depths(gate: Gate, collection: CollectionResult, found: SystemResult) -> It
 
 
 def _segments(gate: Gate, collection: CollectionResult, found: SystemResult) -> Iterator[Check]:
-    present = {f"{segment.column}={segment.value}" for segment in found.segments}
-    present |= {segment.column for segment in found.segments}
-    for name in gate.segment_floors:
-        if name not in present:
-            words = f"no query of {collection.collection} is in the segment {name}: its floor cannot be looked at"
-            yield Check("segment_floors", False, words)
     for segment in found.segments:
         floor = gate.segment_floors.get(f"{segment.column}={segment.value}", gate.segment_floors.get(segment.column))
         if floor is not None:
             yield _segment(gate, collection, segment, floor)
+
+
+def _missing_segments(gate: Gate, collections: Sequence[CollectionResult], candidate: str) -> Iterator[Check]:
+    """A rule about a segment that no collection has says nothing: that must not let a model through."""
+    segments = [segment for collection in collections for segment in collection.system(candidate).segments]
+    present = {f"{segment.column}={segment.value}" for segment in segments} | {segment.column for segment in segments}
+    names = ", ".join(collection.collection for collection in collections)
+    for name in gate.segment_floors:
+        if name not in present:
+            words = f"no query of {names} is in the segment {name}: its floor cannot be looked at"
+            yield Check("segment_floors", False, words)
 
 
 def _segment(gate: Gate, collection: CollectionResult, segment: SegmentFigure, floor: float) -> Check:

@@ -134,6 +134,19 @@ def test_a_rule_that_just_holds_does_not_refuse(gate, found):
     assert decide(gate, found, "new").promote
 
 
+def test_a_floor_counts_on_the_collections_that_have_the_segment_and_one_must():
+    plain, split = new(), new(segments=(segment("cause", -0.05),))
+    split = replace(split.collections[0], collection="other")
+    found = replace(plain, collections=(*plain.collections, split))
+    assert decide(Gate(segment_floors={"type": -0.1}), found, "new").promote
+    failed = [check for check in decide(Gate(segment_floors={"type": -0.01}), found, "new").checks if not check.holds]
+    assert [check.words.partition(" (")[0] for check in failed] == ["nDCG@10 changes by -0.0500 in type=cause"]
+    alone = decide(Gate(segment_floors={"type": -0.1}, collection="medquad"), found, "new")
+    assert alone.reasons == ("no query of medquad is in the segment type: its floor cannot be looked at",)
+    both = decide(Gate(segment_floors={"kind": -0.1}), found, "new")
+    assert both.reasons == ("no query of medquad, other is in the segment kind: its floor cannot be looked at",)
+
+
 def test_a_loss_is_never_significantly_better():
     checks = {check.rule: check for check in decide(Gate(), new(difference(-0.03, p=0.001)), "new").checks}
     assert not checks["min_gain"].holds and "one-sided p = 0.9995" in checks["max_p"].words
