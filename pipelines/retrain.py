@@ -74,6 +74,7 @@ from pipelines.units import DATA_FOLDER
 PROMOTED_FOLDER = "promoted"
 LABELS_FOLDER, PUSHED_FILE = "labels", "pushed.json"
 _CARD = "README.md"
+_LEARNED_BEFORE = "rows of labels from before are judged on now: earlier versions may have learned their queries"
 
 State = Literal["promoted", "refused", "void", "nothing new", "stopped"]
 
@@ -200,6 +201,8 @@ def describe(job: RetrainJob) -> list[str]:
     lines += [f"{'':<12} {file.uri}" for file in made.new_files]
     leaking = sum(file.num_leaking for file in made.files)
     lines += [f"{'':<12} {leaking:,} rows of them are judged on, and left out"] if leaking else []
+    before = made.num_leaking_before
+    lines += [f"{'':<12} {before:,} {_LEARNED_BEFORE}"] if before else []
     return lines + [f"{'to do':<12} {step.name}" for step in records.steps(job.output, made)]
 
 
@@ -236,6 +239,8 @@ def retrain(
                 return Outcome("nothing new", f"nothing to do: {_nothing_new(job, known)}")
             pending = records.begin(job.output, pending)
             run.say(f"{pending.key}: {len(pending.new_files):,} new of {len(job.files):,} files of labels")
+            if pending.num_leaking_before:
+                run.say(f"{pending.num_leaking_before:,} {_LEARNED_BEFORE}")
         run.retraining = pending
         try:
             return _finish(run)
@@ -269,26 +274,25 @@ def _make(job: RetrainJob, known: Sequence[tuple[Retraining, Ending | None]]) ->
     files = records.label_files(job.files, records.used_files(before, again))
     if not any(file.is_new for file in files):
         return None
-    chosen = files if config.use == "all" else [file for file in files if file.is_new]
     entry = registry.current(job.registry, config.name)
     parent = entry.version if entry else None
     _check_models(job, parent)
     fixed = fixed_queries(job.sources, config.max_text_bytes)
     _refuse_leaks(job, fixed)
-    leaks, num_rows = _label_leaks(job, chosen, fixed)
+    leaks, num_rows = _label_leaks(job, files, fixed)  # of all files: what earlier versions learned counts, too
     if leaks and config.leaking == "refuse":
         remedy = "Take these rows out of the labels, or set leaking: drop to train without them."
         raise refusal(leaks, "the labels", remedy)
-    if len(leaks) == num_rows:
-        raise InputError(
-            f"nothing is left to train on: {num_rows:,} rows of labels can be read, and {len(leaks):,} are judged on"
-        )
+    files = [replace(file, num_leaking=found) for file, found in zip(files, _by_file(leaks, files), strict=True)]
+    chosen = files if config.use == "all" else [file for file in files if file.is_new]
+    num_left = sum(num_rows[file.uri] - file.num_leaking for file in chosen)
+    if not num_left:
+        raise InputError("nothing is left to train on: every row of labels that can be read is judged on")
     _check_judgements(job, chosen)
-    numbers = Counter(leak.query.file.location.uri for leak in leaks)
-    chosen = [replace(file, num_leaking=numbers[file.uri]) for file in chosen]
+    num_before = len(leaks) - sum(file.num_leaking for file in chosen)
     now = round(time.time(), 3)
     key = records.new_key(now, [job.output.uri, [file.identity for file in chosen], job.parts])
-    return Retraining(key, now, parent, entry.number if entry else 0, tuple(chosen), job.parts)
+    return Retraining(key, now, parent, entry.number if entry else 0, tuple(chosen), job.parts, num_before)
 
 
 def _check_models(job: RetrainJob, parent: str | None) -> None:
@@ -318,16 +322,21 @@ def _check_judgements(job: RetrainJob, files: Sequence[LabelFile]) -> None:
         )
 
 
-def _label_leaks(job: RetrainJob, files: Sequence[LabelFile], fixed: FixedQueries) -> tuple[list[Leak], int]:
-    """The rows of labels whose query is judged on, and how many rows can be read."""
+def _by_file(leaks: Sequence[Leak], files: Sequence[LabelFile]) -> list[int]:
+    """How many of the leaks each file has."""
+    numbers = Counter(leak.query.file.location.uri for leak in leaks)
+    return [numbers[file.uri] for file in files]
+
+
+def _label_leaks(job: RetrainJob, files: Sequence[LabelFile], fixed: FixedQueries) -> tuple[list[Leak], Counter[str]]:
+    """The rows of labels whose query is judged on, and how many rows of each file, by URI, can be read."""
     infos = [records.as_info(file, job.options) for file in files]
     queries = label_queries(job.config.labels, infos, job.options, job.config.max_text_bytes)
-    num_rows = 0
+    num_rows: Counter[str] = Counter()
 
     def counted() -> Iterator[Query]:
-        nonlocal num_rows
         for query in queries:
-            num_rows += 1
+            num_rows[query.file.location.uri] += 1
             yield query
 
     return find_leaks(counted(), fixed), num_rows

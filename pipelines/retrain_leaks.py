@@ -1,7 +1,8 @@
 """Leaks: queries that a model would learn from and be judged on. Finds them, names them, and takes them out of labels.
 
-Two queries are one where their texts are equal but for case, white space and Unicode form (NFKC), or where both have
-the same id. It reads queries and nothing else of labels and candidates, and knows nothing of models.
+Two queries are one where their texts are equal but for case, white space and Unicode form (NFKC). Where the text of one
+is not known, they are one by the same id; with two texts an id proves nothing, since exports number their queries anew.
+It reads queries and nothing else of labels and candidates, and knows nothing of models.
 """
 
 import gzip
@@ -19,14 +20,23 @@ from crossenc.errors import InputError
 from pipelines.evaluation_inputs import Source, json_id, json_lines
 from pipelines.evaluation_inputs import read as read_judged
 from pipelines.inputs import naming_damage, read_batches
+from pipelines.layout import Finder, is_text
 from pipelines.plan import Plan
 from pipelines.progress import visible
 from pipelines.schemas import to_parquet
 from pipelines.storage import FileInfo, locate, open_input, read_bytes
 from pipelines.texts import Text, TextTable, default_cache, distinct_texts, find_table, id_bytes, open_store
 from pipelines.train_data_config import LabelledData
-from pipelines.train_files import DamagedError, Lines, cut_slices, find_columns, format_of, parse_json, read_slice
-from pipelines.train_layout import LabelledColumns
+from pipelines.train_files import (
+    DamagedError,
+    Lines,
+    cut_slices,
+    find_columns,
+    format_of,
+    parse_json,
+    read_slice,
+    schema_of,
+)
 
 _BATCH_ROWS = 1 << 14
 _NAMED = 5
@@ -54,15 +64,18 @@ class Judged:
 
 @dataclass(frozen=True, slots=True)
 class FixedQueries:
-    """The queries of the fixed set, by normalised text and by id."""
+    """The queries of the fixed set, by normalised text and by id, and by id those whose text is not known."""
 
     by_text: Mapping[str, Judged]
     by_id: Mapping[str, Judged]
+    without_text: Mapping[str, Judged]
 
     def find(self, query: Query) -> Judged | None:
         """The query of the fixed set that this one is, or None."""
-        found = self.by_text.get(normalised(query.text)) if query.text else None
-        return found or (self.by_id.get(query.query_id) if query.query_id is not None else None)
+        if query.text and (found := self.by_text.get(normalised(query.text))):
+            return found
+        by_id = self.without_text if query.text else self.by_id
+        return by_id.get(query.query_id) if query.query_id is not None else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +103,17 @@ def fixed_queries(sources: Sequence[Source], max_text_bytes: int) -> FixedQuerie
     """The queries that models are judged on. Raises InputError as reading the collections does."""
     by_text: dict[str, Judged] = {}
     by_id: dict[str, Judged] = {}
+    without_text: dict[str, Judged] = {}
     for source in sources:
         wanted = set(read_judged(source).qrels)
-        for query_id in wanted:
-            by_id.setdefault(query_id, Judged(source.config.name, query_id, "id"))
+        found = {query_id: Judged(source.config.name, query_id, "id") for query_id in wanted}
+        by_id |= found
         for query_id, text in _texts_of(source, wanted, max_text_bytes):
             if text:
                 by_text.setdefault(normalised(text), Judged(source.config.name, query_id, "text"))
-    return FixedQueries(by_text, by_id)
+                found.pop(query_id, None)
+        without_text |= found
+    return FixedQueries(by_text, by_id, without_text)
 
 
 def _texts_of(source: Source, wanted: set[str], max_text_bytes: int) -> Iterator[tuple[str, str]]:
@@ -141,18 +157,32 @@ def label_queries(
     """The queries of labelled data, in every row. Rows that cannot be read are left out: training refuses them."""
     columns = find_columns(data, files)
     table = query_table(data, options)
+    text_column = None if columns.has_ids else columns.key
+    id_columns = [columns.key if columns.has_ids else _id_column(data, file) for file in files]
     for entry in cut_slices(files, columns, grouped=False, slice_pairs=None):
-        file = files[entry.file]
+        file, id_column = files[entry.file], id_columns[entry.file]
+        names = [name for name in (id_column, text_column) if name is not None]
         try:
-            for batch in read_slice(file, entry, [columns.key], [columns.key]):
+            for batch in read_slice(file, entry, names, [columns.key]):
                 if isinstance(batch, Lines):
-                    yield from _in_lines(file, batch, columns, table, max_text_bytes)
+                    yield from _in_lines(file, batch, (id_column, text_column), table, max_text_bytes)
                 else:
-                    column, has_ids = batch[1].column(columns.key), columns.has_ids
-                    ids, texts = (column, None) if has_ids else (None, column)
+                    ids = batch[1].column(id_column) if id_column else None
+                    texts = batch[1].column(text_column) if text_column else None
                     yield from _in_batch(file, batch[0], ids, texts, table, max_text_bytes, every_row=True)
         except DamagedError:
             continue
+
+
+def _id_column(data: LabelledData, file: FileInfo) -> str | None:
+    """The column with the ids of queries whose texts stand beside them; None where there is none."""
+    schema = schema_of(file)
+    if schema is None:
+        return None
+    names = {role: name for role, name in data.columns.items() if role == "query_id"}
+    found = Finder(schema, names, str(file.location)).optional("query_id")
+    is_id = found is not None and (is_text(schema.field(found).type) or pa.types.is_integer(schema.field(found).type))
+    return found if is_id else None
 
 
 def query_table(data: LabelledData, options: Mapping[str, Any]) -> TextTable | None:
@@ -199,21 +229,30 @@ def _in_batch(
 
 
 def _in_lines(
-    file: FileInfo, batch: Lines, columns: LabelledColumns, table: TextTable | None, max_text_bytes: int
+    file: FileInfo,
+    batch: Lines,
+    columns: tuple[str | None, str | None],
+    table: TextTable | None,
+    max_text_bytes: int,
 ) -> Iterator[Query]:
-    values = [_in_line(line, columns, format_of(file) == "jsonl") for line in batch.lines]
-    texts = _looked_up(values, table, max_text_bytes) if columns.has_ids else values
-    for number, value, text in zip(batch.numbers, values, texts, strict=True):
-        yield Query(file, number, value if columns.has_ids else None, text)
+    """The queries of lines; `columns` are those of ids and of texts."""
+    is_json = format_of(file) == "jsonl"
+    ids, texts = zip(*(_in_line(line, columns, is_json) for line in batch.lines), strict=True)
+    if columns[1] is None:
+        texts = tuple(_looked_up(ids, table, max_text_bytes))
+    for number, query_id, text in zip(batch.numbers, ids, texts, strict=True):
+        yield Query(file, number, query_id, text)
 
 
-def _in_line(line: bytes, columns: LabelledColumns, is_json: bool) -> str | None:
-    if not is_json:
-        fields = line.rstrip(b"\r\n").split(b"\t")
-        place = int(columns.key)
-        return fields[place].decode(errors="replace") if len(fields) > place else None
-    value = (parse_json(line)[0] or {}).get(columns.key)
-    return str(value) if isinstance(value, str | int) else None
+def _in_line(line: bytes, columns: Sequence[str | None], is_json: bool) -> list[str | None]:
+    """The values of columns, None for those that are absent."""
+    if is_json:
+        row = parse_json(line)[0] or {}
+        values = [row.get(name) if name is not None else None for name in columns]
+        return [str(value) if isinstance(value, str | int) else None for value in values]
+    fields = line.rstrip(b"\r\n").split(b"\t")
+    places = [len(fields) if name is None else int(name) for name in columns]
+    return [fields[place].decode(errors="replace") if place < len(fields) else None for place in places]
 
 
 def _looked_up(ids: Sequence[str | None], table: TextTable | None, max_text_bytes: int) -> list[str | None]:

@@ -55,7 +55,8 @@ class Retraining:
 
     `key` names it, its folder and the version that it makes. `parent` is the version that it starts from and is
     compared with, None where the registry has none; `entry` the number of the newest entry of the history then, 0 for
-    none. `parts` are what it depends on; `files` is what it trains on. `started` is Unix time.
+    none. `parts` are what it depends on; `files` is what it trains on, `num_leaking_before` are rows of other label
+    files that are judged on. `started` is Unix time.
     """
 
     key: str
@@ -64,6 +65,7 @@ class Retraining:
     entry: int
     files: tuple[LabelFile, ...]
     parts: Mapping[str, str]
+    num_leaking_before: int = 0
 
     @property
     def new_files(self) -> tuple[LabelFile, ...]:

@@ -69,6 +69,7 @@ def facts_of(story: Story) -> dict[str, Any]:
         "label_files": len(story.retraining.files),
         "new_label_files": [file.uri for file in story.retraining.new_files],
         "leaking_rows_left_out": sum(file.num_leaking for file in story.retraining.files),
+        "leaking_rows_learned_before": story.retraining.num_leaking_before,
         "training_rows": story.trained["rows"]["train"],
         "training_seconds": story.trained["seconds"],
     }

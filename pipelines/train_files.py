@@ -134,23 +134,30 @@ def _words(columns: LabelledColumns) -> str:
 
 
 def _columns_of(data: LabelledData, file: FileInfo) -> LabelledColumns:
-    kind, has_texts = format_of(file), data.queries is not None
-    if kind == "tsv":
+    schema, has_texts = schema_of(file), data.queries is not None
+    if schema is None:
         if data.layout not in ("auto", "triples") or data.columns:
             raise InputError(
                 f"{file.location} has no column names: it can be read as triples, of texts or of ids, only"
             )
         return layouts.triples(has_texts)
-    if kind == "parquet":
-        schema = read_footer(file).schema.to_arrow_schema()
-    elif kind == "arrow":
-        with _naming_arrow(file), open_input(file) as source:
-            schema = pa.ipc.open_stream(source).schema
-        if any(pa.types.is_dictionary(kind) for kind in schema.types):
-            raise InputError(f"{file.location} has dictionary-coded columns: write it again as Parquet")
-    else:
-        schema = _json_schema(file)
     return layouts.resolve(schema, data.layout, data.columns, has_texts, str(file.location))
+
+
+def schema_of(file: FileInfo) -> pa.Schema | None:
+    """The columns of a file, None for one whose lines are fields without names. Raises InputError for a damaged one."""
+    kind = format_of(file)
+    if kind == "tsv":
+        return None
+    if kind == "parquet":
+        return read_footer(file).schema.to_arrow_schema()
+    if kind == "jsonl":
+        return _json_schema(file)
+    with _naming_arrow(file), open_input(file) as source:
+        schema = pa.ipc.open_stream(source).schema
+    if any(pa.types.is_dictionary(kind) for kind in schema.types):
+        raise InputError(f"{file.location} has dictionary-coded columns: write it again as Parquet")
+    return schema
 
 
 def _json_schema(file: FileInfo) -> pa.Schema:

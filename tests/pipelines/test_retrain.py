@@ -268,9 +268,7 @@ def test_leaks_are_refused_by_name_and_dropped_where_that_is_asked_for(world):
     assert f"'judged THE 0' ({leaky.as_uri()}, row 0) is q0 of clicks" in told
     assert not (world.folder / "out/retrainings").exists() and not (world.folder / "registry").exists()
     world.week(3, num_lists=4, queries=["judged and 2"])
-    with pytest.raises(
-        InputError, match="nothing is left to train on: 4 rows of labels can be read, and 4 are judged on"
-    ):
+    with pytest.raises(InputError, match="nothing is left to train on: every row of labels"):
         go(world, leaking="drop", labels=str(world.folder / "labels/week-3.parquet"))
     assert not (world.folder / "out/retrainings").exists()
     outcome = go(world, leaking="drop")
@@ -280,6 +278,20 @@ def test_leaks_are_refused_by_name_and_dropped_where_that_is_asked_for(world):
     assert not list((folder_of(outcome) / "labels").glob("*week-3*")), "nothing of it is left"
     told = json.loads((folder_of(outcome) / "decision.json").read_text())
     assert told["leaking_rows_left_out"] == 11 and told["training_rows"] == 12 + 3
+
+
+def test_queries_that_were_learned_before_they_were_judged_are_found_where_only_new_labels_are_trained_on(world):
+    world.week(1, num_lists=3, queries=["a later one"])
+    ended(world, "promoted", use="new")
+    pairs = pd.read_parquet(world.folder / "fixed.parquet")
+    pairs.loc[pairs.query_id == "q0", "query"] = "A later one"
+    pairs.to_parquet(world.folder / "fixed.parquet", index=False)
+    world.week(2)
+    with pytest.raises(InputError, match=r"1 queries of the labels .* in 3 rows.*\n.*week-1\.parquet, row 0\) is q0"):
+        next_one(world, use="new")
+    lines = "\n".join(describe(resolve(world.config(use="new", leaking="drop"))))
+    assert "3 rows of labels from before are judged on now" in lines and "left out" not in lines
+    assert next_one(world, use="new", leaking="drop") == [("week-2.parquet", True)]
 
 
 def test_validation_data_and_candidates_of_teachers_must_not_be_judged_on_either(world):
@@ -475,7 +487,7 @@ def test_the_sections_of_the_job_make_the_settings_of_the_steps(world):
         ({"gate": {"max_pp": 0.1}}, r"unknown key max_pp; did you mean max_p\?"),
         ({"gate": {"metric": "AP"}}, "gate.metric is AP, but the first of evaluation.measures is nDCG@10"),
         ({"gate": {"collection": "other"}}, "evaluation has clicks"),
-        ({"gate": {"segment_floors": {"colour": -0.1}}}, "no collection of evaluation has colour"),
+        ({"gate": {"segment_floors": {"colour": -0.1}}}, "no collection that the gate looks at has colour"),
         ({"train": {"model": "x"}}, "model is given by the retraining job"),
         ({"train": {"drain_seconds": 3}}, "set it beside train"),
         ({"mine": {"candidates": "c"}}, "mine needs labels that are judgements"),

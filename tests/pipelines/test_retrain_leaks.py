@@ -10,7 +10,15 @@ import pytest
 
 from pipelines.evaluation_config import CollectionConfig
 from pipelines.evaluation_inputs import find
-from pipelines.retrain_leaks import FixedQueries, find_leaks, fixed_queries, label_queries, normalised, without_rows
+from pipelines.retrain_leaks import (
+    FixedQueries,
+    Judged,
+    find_leaks,
+    fixed_queries,
+    label_queries,
+    normalised,
+    without_rows,
+)
 from pipelines.train_data_config import LabelledData
 from pipelines.train_files import list_files
 
@@ -100,19 +108,40 @@ def test_leaks_are_found_in_every_layout_and_kind_of_file(tmp_path, fixed):
         assert leaks(LabelledData(files=str(tmp_path / name)), fixed) == expected
 
 
-def test_labels_given_as_ids_leak_by_their_texts_and_by_their_ids(tmp_path, fixed):
-    pq.write_table(
-        pa.table({"query_id": ["a", "b", "q2"], "text": [OTHER, SHARD, "yet another"]}), tmp_path / "q.parquet"
-    )
+def test_labels_given_as_ids_leak_by_their_texts_and_by_ids_whose_text_is_not_known(tmp_path, fixed):
+    pq.write_table(pa.table({"query_id": ["a", "b", "q1"], "text": [OTHER, SHARD, OTHER]}), tmp_path / "q.parquet")
     pq.write_table(pa.table({"doc_id": ["d"], "text": ["t"]}), tmp_path / "c.parquet")
     pq.write_table(
-        pa.table({"query_id": ["a", "q2", "b"], "doc_id": ["d"] * 3, "label": [1] * 3}), tmp_path / "l.parquet"
+        pa.table({"query_id": ["a", "q2", "b", "q1"], "doc_id": ["d"] * 4, "label": [1] * 4}), tmp_path / "l.parquet"
     )
     tables = {"queries": str(tmp_path / "q.parquet"), "corpus": str(tmp_path / "c.parquet")}
     data = LabelledData(files=str(tmp_path / "l.parquet"), **tables)
     assert leaks(data, fixed) == [("l.parquet", 1, "q2"), ("l.parquet", 2, "q1")]
     by_id, by_text = find_leaks(label_queries(data, list_files(data, {}), {}, LIMIT), fixed)
     assert str(by_id).endswith("is q2 of set by its id") and str(by_text).endswith("is q1 of set")
+
+
+def test_an_id_beside_a_text_counts_where_the_judged_text_is_not_known(tmp_path, fixed):
+    known = FixedQueries(fixed.by_text, fixed.by_id, {"7": Judged("set", "7", "id"), "qx": Judged("set", "qx", "id")})
+    pairs = {"query": [OTHER, OTHER, SHARD, OTHER], "document": ["d"] * 4, "label": [1] * 4}
+    pq.write_table(pa.table(pairs | {"qid": [7, 8, 9, 1]}), tmp_path / "l.parquet")
+    assert leaks(LabelledData(files=str(tmp_path / "l.parquet")), known) == [
+        ("l.parquet", 0, "7"),
+        ("l.parquet", 2, "q1"),
+    ]
+    rows = [{"query": OTHER, "pos": ["p"], "neg": ["n"], "number": id_} for id_ in ("qx", "q1", None)]
+    (tmp_path / "l.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = LabelledData(files=str(tmp_path / "l.jsonl"), columns={"query_id": "number"})
+    assert leaks(data, known) == [("l.jsonl", 0, "qx")]
+
+
+def test_a_judged_query_without_a_text_is_known_by_its_id(tmp_path):
+    rows = [{"query_id": id_, "query": text, "doc_id": "d", "text": "t"} for id_, text in (("q1", None), ("q2", "x"))]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "fixed.parquet")
+    (tmp_path / "qrels.txt").write_text("q1 0 d 1\nq2 0 d 1\n")
+    settings = {"name": "set", "qrels": str(tmp_path / "qrels.txt"), "candidates": str(tmp_path / "fixed.parquet")}
+    found = fixed_queries([find(CollectionConfig.model_validate(settings), {})], LIMIT)
+    assert set(found.without_text) == {"q1"} and set(found.by_id) == {"q1", "q2"}
 
 
 def test_a_file_without_its_leaking_rows_keeps_the_others_as_they_are(tmp_path):
