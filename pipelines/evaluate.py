@@ -94,16 +94,31 @@ def _parquet_qrels(file: FileInfo) -> Iterable[tuple[str, str, int]]:
 
 
 def _trec_qrels(file: FileInfo) -> Iterable[tuple[str, str, int]]:
+    """Lines of three or four fields, the last one a whole number. The first line may be a heading."""
+    is_tsv = file.location.name.lower().endswith(".tsv")
     for number, line in enumerate(read_bytes(file.location).split(b"\n"), start=1):
         try:
-            fields = line.decode("utf-8-sig" if number == 1 else "utf-8").split()
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             raise InputError(f"{file.location}, line {number}: not a qrels file in UTF-8 ({error.reason})") from None
-        is_judgement = len(fields) in (3, 4) and re.fullmatch(r"[+-]?[0-9]{1,9}", fields[-1])
+        by_tabs = is_tsv and "\t" in text  # an id may hold spaces then
+        fields = [field.strip() for field in text.split("\t")] if by_tabs else text.split()
+        is_judgement = len(fields) in (3, 4) and all(fields) and re.fullmatch(r"[+-]?[0-9]{1,9}", fields[-1])
         if is_judgement:
             yield fields[0], fields[-2], int(fields[-1])
-        elif fields and number > 1:  # an empty line is nothing, and the first one may be a heading
-            raise InputError(f"{file.location}, line {number}: write `query-id 0 doc-id relevance`")
+        elif any(fields) and not (number == 1 and _is_heading(fields)):
+            raise InputError(
+                f"{file.location}, line {number}: write `query-id 0 doc-id relevance`, a whole number last"
+            )
+
+
+def _is_heading(fields: list[str]) -> bool:
+    """Whether the last field is a name and no grade."""
+    try:
+        float(fields[-1])
+    except ValueError:
+        return True
+    return False
 
 
 def compare(

@@ -59,9 +59,24 @@ def test_trec_judgements_are_read_with_three_or_four_fields_and_a_heading(tmp_pa
     assert read_qrels(str(four), {}) == {"q1": {"a": 2}, "q2": {"b": -1, "c": 1}}
 
 
+def test_ids_with_spaces_are_read_from_lines_with_tabs(tmp_path):
+    spaced = tmp_path / "spaced.tsv"
+    spaced.write_text("my query\t0\ta document\t1\nq2\tb c\t2\n")
+    assert read_qrels(str(spaced), {}) == {"my query": {"a document": 1}, "q2": {"b c": 2}}
+    plain = tmp_path / "plain.tsv"
+    plain.write_text("q1 0 a 2\n")
+    assert read_qrels(str(plain), {}) == {"q1": {"a": 2}}
+    for line in ("my query\ta document\t0\tb\t1", "q\t\t1", "q d\t1"):
+        spaced.write_text(f"q\td\t1\n{line}\n")
+        with pytest.raises(InputError, match=r"spaced\.tsv, line 2: write"):
+            read_qrels(str(spaced), {})
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (b"q 0 a 1.0\nq 0 b 1\n", "line 1: write `query-id 0 doc-id relevance`, a whole number last"),
+        (b"q 0 b\n", "has no judgements"),
         (b"q 0 a 1\nq 0 b\n", "line 2: write `query-id 0 doc-id relevance`"),
         (b"q 0 a 1\n\nq 0 b one\n", "line 3: write"),
         (b"q 0 a 1\nq 0 b 1.5\n", "line 2: write"),
