@@ -121,18 +121,23 @@ def promote(
 
     That is the entry with this key where there is one, and the newest one, whatever its key, where the version is
     current already. `expected` is the number of the newest entry (0 for none) that the decision rests on: raises
-    RunConflictError where there is a newer one. Without it, the last of several promotions counts. Raises InputError
-    where there is no such version, RunConflictError where its files have changed.
+    RunConflictError where there is a newer one, or none of this number. Without it, the last of several promotions
+    counts. Raises InputError where there is no such version, RunConflictError where its files have changed.
     """
 
     def decide(entries: Sequence[Entry]) -> tuple[Action, str] | None:
         if entries and entries[-1].version == version:
             return None
-        newest = entries[-1].number if entries else 0
-        if expected is not None and newest != expected:
+        last = entries[-1].number if entries else 0
+        if expected is not None and last < expected:
+            raise RunConflictError(
+                f"the history of {name} ends with entry {last}: there is no entry {expected} to expect; look at"
+                f" `crossenc models {name}` and name the entry that {version} was compared at"
+            )
+        if expected is not None and last != expected:
             found = f"{entries[-1].action} of {entries[-1].version} ({entries[-1].reason})" if entries else "nothing"
             raise RunConflictError(
-                f"{name} was changed since {version} was compared with it: entry {newest} of its history, {found}, came"
+                f"{name} was changed since {version} was compared with it: entry {last} of its history, {found}, came"
                 f" after entry {expected}; compare with {name} as it is now and promote again"
             )
         verify(registry, read_version(registry, name, version))
@@ -228,24 +233,25 @@ def _point(registry: Location, name: str) -> None:
         except FileNotFoundError:
             stored = None
         # After the look at the pointer: what the history says now is not older than what that was made from.
-        newest = _newest(registry, name)
-        if newest is None or stored == _entry_body(newest):
+        entry = newest(registry, name)
+        if entry is None or stored == _entry_body(entry):
             return
         with contextlib.suppress(FileNotFoundError):
-            put_if(place, _entry_body(newest), stored)
+            put_if(place, _entry_body(entry), stored)
 
 
 def current(registry: Location, name: str) -> Entry | None:
     """The newest entry of the history, None where nothing was promoted yet. Moves current.json where it is behind."""
-    newest = _newest(registry, name)
-    if newest is not None:
+    entry = newest(registry, name)
+    if entry is not None:
         # Who may only read, reads: the history says what is current, and the next writer moves the pointer.
         with contextlib.suppress(StorageError):
             _point(registry, name)
-    return newest
+    return entry
 
 
-def _newest(registry: Location, name: str) -> Entry | None:
+def newest(registry: Location, name: str) -> Entry | None:
+    """As `current`, and writes nothing."""
     places = _entries(registry, name)
     return _read_entry(places[max(places)]) if places else None
 

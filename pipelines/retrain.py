@@ -186,7 +186,7 @@ def describe(job: RetrainJob) -> list[str]:
     """
     known = records.read_all(job.output)
     pending = next((one for one, ending in known if ending is None), None)
-    entry = registry.current(job.registry, job.config.name)
+    entry = registry.newest(job.registry, job.config.name)
     lines = [f"{'current':<12} {entry.version if entry else f'none; {job.config.base} is trained from'}"]
     if pending is not None:
         plans.check_unchanged(pending.parts, job.parts, records.folder_of(job.output, pending.key))
@@ -224,37 +224,43 @@ def retrain(
     probe(job.output)
     run = _Run(job, connect, stream, should_stop)
     with lease.hold(job.output, run.snapshot, run.lost.append, run.say):
-        known = records.read_all(job.output)
-        pending = next((one for one, ending in known if ending is None), None)
-        if pending is not None and new_run:
-            _give_up(run, pending)
-            known, pending = records.read_all(job.output), None
-        if pending is not None:
-            plans.check_unchanged(pending.parts, job.parts, records.folder_of(job.output, pending.key))
-            run.say(f"going on with {pending.key} …")
-        else:
-            run.begin("labels", "looking for new labels …")
-            pending = _make(job, known)
-            if pending is None:
-                return Outcome("nothing new", f"nothing to do: {_nothing_new(job, known)}")
-            pending = records.begin(job.output, pending)
-            run.say(f"{pending.key}: {len(pending.new_files):,} new of {len(job.files):,} files of labels")
-            if pending.num_leaking_before:
-                run.say(f"{pending.num_leaking_before:,} {_LEARNED_BEFORE}")
-        run.retraining = pending
-        try:
-            return _finish(run)
-        except NothingToLearnError as error:
-            _end(run, "void", str(error), None, None)
-            raise NothingToLearnError(
-                f"{error}\n{pending.key} is void; the same command begins another one with the labels as they are then"
-            ) from None
-        except CrossEncError:
-            run.say(f"{pending.key} is not finished: the same command goes on with it, --new-run begins another one")
-            raise
-        except _StoppedError:
-            message = run.lost[0] if run.lost else f"stopped; run the same command again to resume {run.folder}"
-            return Outcome("stopped", message, run.folder)
+        outcome = _next(run, new_run)
+        return outcome if outcome.state == "stopped" else _pushed(run, outcome)
+
+
+def _next(run: _Run, new_run: bool) -> Outcome:
+    """The retraining that was not finished, or a new one where there is anything to do, to its ending."""
+    job, known = run.job, records.read_all(run.job.output)
+    pending = next((one for one, ending in known if ending is None), None)
+    if pending is not None and new_run:
+        _give_up(run, pending)
+        known, pending = records.read_all(job.output), None
+    if pending is not None:
+        plans.check_unchanged(pending.parts, job.parts, records.folder_of(job.output, pending.key))
+        run.say(f"going on with {pending.key} …")
+    else:
+        run.begin("labels", "looking for new labels …")
+        pending = _make(job, known)
+        if pending is None:
+            return Outcome("nothing new", f"nothing to do: {_nothing_new(job, known)}")
+        pending = records.begin(job.output, pending)
+        run.say(f"{pending.key}: {len(pending.new_files):,} new of {len(job.files):,} files of labels")
+        if pending.num_leaking_before:
+            run.say(f"{pending.num_leaking_before:,} {_LEARNED_BEFORE}")
+    run.retraining = pending
+    try:
+        return _finish(run)
+    except NothingToLearnError as error:
+        _end(run, "void", str(error), None, None)
+        raise NothingToLearnError(
+            f"{error}\n{pending.key} is void; the same command begins another one with the labels as they are then"
+        ) from None
+    except CrossEncError:
+        run.say(f"{pending.key} is not finished: the same command goes on with it, --new-run begins another one")
+        raise
+    except _StoppedError:
+        message = run.lost[0] if run.lost else f"stopped; run the same command again to resume {run.folder}"
+        return Outcome("stopped", message, run.folder)
 
 
 def _nothing_new(job: RetrainJob, known: Sequence[tuple[Retraining, Ending | None]]) -> str:
@@ -274,7 +280,7 @@ def _make(job: RetrainJob, known: Sequence[tuple[Retraining, Ending | None]]) ->
     files = records.label_files(job.files, records.used_files(before, again))
     if not any(file.is_new for file in files):
         return None
-    entry = registry.current(job.registry, config.name)
+    entry = registry.newest(job.registry, config.name)
     parent = entry.version if entry else None
     _check_models(job, parent)
     fixed = fixed_queries(job.sources, config.max_text_bytes)
@@ -411,11 +417,15 @@ def _overtaken(run: _Run) -> str | None:
         return None
     if (newest.number if newest else 0) == run.one.entry:
         return None
-    found = f"entry {newest.number} of its history, {newest.action} of {newest.version}," if newest else "nothing"
+    if newest is None or newest.number < run.one.entry:
+        found = f"its history has no entry {run.one.entry} any more"
+    else:
+        found = f"entry {newest.number} of its history, {newest.action} of {newest.version}, came after entry"
+        found += f" {run.one.entry}"
     return (
-        f"{run.job.config.name} was changed while {run.one.key} was at work: {found} came after entry {run.one.entry},"
-        f" which it was to be compared with. It promotes nothing; the same command begins another one with the same"
-        " labels, from the version that is current then"
+        f"{run.job.config.name} was changed while {run.one.key} was at work: {found}, which it was to be compared with."
+        " It promotes nothing; the same command begins another one with the same labels, from the version that is"
+        " current then"
     )
 
 
@@ -429,11 +439,12 @@ def _give_up(run: _Run, retraining: Retraining) -> None:
     """Ends a retraining that is not finished: as promoted where the registry says so."""
     run.retraining = retraining
     history = registry.history(run.job.registry, run.job.config.name)
-    promoted = next((entry.number for entry in history if entry.key == retraining.key), None)
-    if promoted is None:
+    promoted = next((entry for entry in history if entry.key == retraining.key), None)
+    decision = records.read_decision(run.folder)
+    if promoted is None or decision is None:
         _end(run, "void", "given up for a new one", None, None)
     else:
-        _end(run, "promoted", f"{retraining.key} was promoted by entry {promoted}", None, promoted)
+        _end_promoted(run, _story(run, decision), promoted)
     run.retraining = None
 
 
@@ -545,15 +556,24 @@ def _promote(run: _Run, story: Story) -> Outcome:
         if overtaken is None:
             raise
         return _void(run, overtaken, decision)
-    pushed = _push(run, model) if config.push else ""
+    return _end_promoted(run, story, entry)
+
+
+def _end_promoted(run: _Run, story: Story, entry: registry.Entry) -> Outcome:
+    """Writes the report and the ending of what `entry` promoted."""
     put(run.folder / REPORT_FILE, render(story, "promoted").encode())
-    message = f"{decision.summary}; {config.name} is {one.key} now, by entry {entry.number}{pushed}"
-    return _end(run, "promoted", f"{message}; see {run.folder / REPORT_FILE}", decision, entry.number)
+    name, newest = run.job.config.name, registry.newest(run.job.registry, run.job.config.name)
+    now = f"{name} is {run.one.key} now, by entry {entry.number}"
+    if newest is not None and newest.version != run.one.key:
+        now = f"entry {entry.number} promoted it, but {name} is {newest.version} now, by entry {newest.number}"
+    message = f"{story.decision.summary}; {now}; see {run.folder / REPORT_FILE}"
+    return _end(run, "promoted", message, story.decision, entry.number)
 
 
 def _with_card(run: _Run, story: Story) -> Location:
     """A copy of the trained model whose card tells of the evaluation. What an earlier attempt wrote stays as it is."""
-    source, target = run.folder / f"{records.TRAINED_FOLDER}/{MODEL_FOLDER}", run.folder / f"{PROMOTED_FOLDER}/model"
+    source = run.folder / f"{records.TRAINED_FOLDER}/{MODEL_FOLDER}"
+    target = run.folder / f"{PROMOTED_FOLDER}/{MODEL_FOLDER}"
     for file in list_files(source):
         path, body = file.location.below(source), read_bytes(file.location)
         put_new(target / path, card_of(story, body.decode()).encode() if path == _CARD else body)
@@ -571,16 +591,33 @@ def _evaluation_to_keep(run: _Run) -> Location:
     return target
 
 
-def _push(run: _Run, model: Location) -> str:
-    """Uploads the promoted model to the hub, unless that is done; returns where it is, in words."""
-    repository, place = run.job.config.push or "", run.folder / PUSHED_FILE
+def _pushed(run: _Run, outcome: Outcome) -> Outcome:
+    """Uploads the current version to the hub, where a retraining made it and it is not there yet; adds where it is.
+
+    This is the last thing that a call does: nothing waits for a hub that is away, and the next call tries again.
+    """
+    job, repository = run.job, run.job.config.push
+    entry = registry.current(job.registry, job.config.name)
+    if repository is None or entry is None:
+        return outcome
+    known = records.decided(records.read_all(job.output), job.registry, job.config.name)
+    is_ours = any(one.key == entry.version and ending.state == "promoted" for one, ending in known)
+    folder = records.folder_of(job.output, entry.version)
+    if not is_ours or _is_at(repository, folder / PUSHED_FILE):
+        return outcome
+    run.say(outcome.message)
+    run.begin("push", f"uploading {entry.version} to {repository} …")
+    url = _uploaded(folder / f"{PROMOTED_FOLDER}/{MODEL_FOLDER}", repository, entry.version)
+    put(folder / PUSHED_FILE, json.dumps({"repository": repository, "url": url}).encode())
+    return replace(outcome, message=f"{outcome.message}; {entry.version} is at {url}")
+
+
+def _is_at(repository: str, place: Location) -> bool:
+    """Whether the note at `place` says that the model is in the repository."""
     try:
-        url = json.loads(read_bytes(place))["url"]
+        return bool(json.loads(read_bytes(place))["repository"] == repository)
     except FileNotFoundError:
-        run.say(f"uploading to {repository} …")
-        url = _uploaded(model, repository, run.one.key)
-        put(place, json.dumps({"repository": repository, "url": url}).encode())
-    return f", and at {url}"
+        return False
 
 
 def _uploaded(model: Location, repository: str, version: str) -> str:

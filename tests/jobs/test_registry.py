@@ -132,6 +132,8 @@ def test_a_promotion_that_rests_on_an_older_state_is_refused(workplace):
     make_model(workplace / "v3", "v3")
     said = call("promote", "ranker", "./v3", "--as", "v3", "--reason", "r", "--expected", "1", code=2)
     assert "ranker was changed since v3 was compared with it" in said
+    said = call("promote", "ranker", "v3", "--reason", "r", "--expected", "7", code=2)
+    assert "the history of ranker ends with entry 2: there is no entry 7" in said
     call("promote", "ranker", "v3", "--reason", "r", "--expected", "2")
     call("rollback", "ranker", "--to", "v1", "--reason", "r")
     assert [entry.version for entry in history(locate("models"), "ranker")] == ["v1", "v2", "v3", "v1"]

@@ -409,18 +409,18 @@ def test_an_unfinished_one_goes_on_as_it_set_out_or_is_given_up(world, monkeypat
     assert [ending.state for _, ending in read_all(locate(str(world.folder / "out")))][1] == "void"
 
 
-def test_a_promoted_model_is_pushed_once_and_a_failed_upload_is_tried_again(world, monkeypatch):
+def test_a_promoted_model_is_pushed_once_and_a_failed_upload_holds_nothing_up(world, monkeypatch):
     world.week(1)
-    calls = []
+    calls, is_away = [], [True]
 
     class Hub:
         def __init__(self, token=None):
-            self.answers = len(calls) > 1
+            pass
 
         def create_repo(self, repo_id, **settings):
-            calls.append((repo_id, settings["private"], settings["exist_ok"]))
-            if not self.answers:
+            if is_away[0]:
                 raise ConnectionError("the hub is away")
+            calls.append((repo_id, settings["private"], settings["exist_ok"]))
             return type("Place", (), {"repo_id": repo_id})
 
         def upload_folder(self, *, folder_path, **settings):
@@ -428,16 +428,47 @@ def test_a_promoted_model_is_pushed_once_and_a_failed_upload_is_tried_again(worl
             return type("Done", (), {"commit_url": "https://hub/commit/1", "pr_url": None})
 
     monkeypatch.setattr(saving, "HfApi", Hub)
-    for _ in range(2):
-        with pytest.raises(
-            StorageError, match="was promoted, but could not be uploaded to owner/name: the hub is away"
-        ):
+    said = "was promoted, but could not be uploaded to owner/name: the hub is away"
+    for week in (2, 3):
+        with pytest.raises(StorageError, match=said):
             go(world, push="owner/name")
-    assert len(history(world)) == 1
+        world.week(week, share_right=0.0)
+    (first, ending), (_, refused) = read_all(locate(str(world.folder / "out")))
+    assert ending is not None and ending.state == "promoted" and f"reranker is {first.key} now" in ending.reason
+    assert "Promoted" in (world.folder / f"out/retrainings/{first.key}/report.html").read_text()
+    assert refused is not None and refused.state == "refused", "labels of week 2 did not wait for the hub"
+    (world.folder / "labels/week-3.parquet").unlink()
+    is_away[0] = False
     outcome = go(world, push="owner/name")
-    assert outcome.state == "promoted" and "https://hub/commit/1" in outcome.message and len(history(world)) == 1
-    assert calls[2:] == [("owner/name", True, True), (True, f"Version {folder_of(outcome).name}")]
-    assert go(world, push="owner/name").state == "nothing new" and len(calls) == 4
+    assert outcome.state == "nothing new" and f"{first.key} is at https://hub/commit/1" in outcome.message
+    assert calls == [("owner/name", True, True), (True, f"Version {first.key}")]
+    assert "hub" not in go(world, push="owner/name").message and len(calls) == 2
+    place = locate(str(world.folder / "registry"))
+    registry.store_version(
+        place, "reranker", "theirs", {"model": locate(str(world.folder / "base"))}, parent=None, facts={}
+    )
+    registry.promote(place, "reranker", "theirs", reason="a hotfix", key="theirs")
+    assert go(world, push="owner/another").state == "nothing new" and len(calls) == 2, "it is the current one no more"
+
+
+def test_a_promotion_that_was_overtaken_before_it_was_told_does_not_say_that_it_is_current(world, monkeypatch):
+    world.week(1)
+    real = retraining.render
+    monkeypatch.setattr(retraining, "render", lambda *_, **__: (_ for _ in ()).throw(KilledError()))
+    with pytest.raises(KilledError):
+        go(world)
+    [entry] = history(world)
+    place = locate(str(world.folder / "registry"))
+    registry.store_version(
+        place, "reranker", "theirs", {"model": locate(str(world.folder / "base"))}, parent=None, facts={}
+    )
+    registry.promote(place, "reranker", "theirs", reason="a hotfix", key="theirs")
+    monkeypatch.setattr(retraining, "render", real)
+    outcome = go(world, push="owner/name")
+    assert (
+        outcome.state == "promoted" and "entry 1 promoted it, but reranker is theirs now, by entry 2" in outcome.message
+    )
+    assert (folder_of(outcome) / "report.html").exists() and folder_of(outcome).name == entry.version
 
 
 def test_a_dry_run_and_the_status_say_what_is_to_do_and_write_nothing(world, capsys):
@@ -451,7 +482,11 @@ def test_a_dry_run_and_the_status_say_what_is_to_do_and_write_nothing(world, cap
     assert status_job.run(str(world.folder / "out")) == 0
     assert "resumable" in capsys.readouterr().out
     go(world)
+    pointer = world.folder / "registry/reranker/current.json"
+    pointer.write_text("{}")  # as a kill leaves it behind
     assert "no label file is new since" in "\n".join(describe(resolve(world.config())))
+    world.week(2)
+    assert "week-2.parquet" in "\n".join(describe(resolve(world.config()))) and pointer.read_text() == "{}"
     status_job.run(str(world.folder / "out"))
     out = capsys.readouterr().out
     assert "finished" in out and "1 promoted, 0 refused, 0 void" in out
