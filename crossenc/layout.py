@@ -130,6 +130,18 @@ def read_num_labels(folder: str | Path, layout: Layout) -> int:
     return 1 if kind == "LogitScore" else int(load_config(folder).num_labels)
 
 
+def claims_head(config: PretrainedConfig) -> bool:
+    """Whether the checkpoint says that it has a head for classification."""
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+
+
+def gives_scores(folder: str | Path) -> bool:
+    """Whether the checkpoint is a model that scores as it is; a backbone does not before its head is trained."""
+    config = load_config(folder)
+    layout = read_layout(folder, config)
+    return bool(layout.parts) or layout.is_causal or claims_head(config)
+
+
 def load_config(folder: str | Path, settings: Mapping[str, Any] | None = None) -> PretrainedConfig:
     """Read config.json. Raises CheckpointError when transformers has no class of its own for it."""
     try:

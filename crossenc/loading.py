@@ -21,7 +21,7 @@ from transformers import (
 from crossenc.activations import make_activation
 from crossenc.adapters import put_saved_adapter
 from crossenc.errors import CheckpointError
-from crossenc.layout import Layout, activation_kind, load_config
+from crossenc.layout import Layout, activation_kind, claims_head, load_config
 from crossenc.modules import PARTS, Dense, LogitScore, Transformer
 from crossenc.quiet import quiet_transformers
 
@@ -64,7 +64,7 @@ def load_parts(
         with quiet_transformers():
             missing = put_saved_adapter(model, folder, missing)
     makes_anew = bool((model_settings or {}).get("ignore_mismatched_sizes"))
-    may_lack_head = new_head_allowed and is_classifier and (makes_anew or not _claims_head(config))
+    may_lack_head = new_head_allowed and is_classifier and (makes_anew or not claims_head(config))
     if missing and not (may_lack_head and _is_head(missing, model)):
         raise CheckpointError(
             f"{folder} lacks {', '.join(missing[:5])}: it is not a trained cross-encoder; train its head first"
@@ -94,16 +94,11 @@ def _is_head(missing: list[str], model: PreTrainedModel) -> bool:
     return not any(name.startswith(prefix) and not name.startswith(f"{prefix}pooler.") for name in missing)
 
 
-def _claims_head(config: PretrainedConfig) -> bool:
-    """Whether the checkpoint says that it has a head for classification."""
-    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
-
-
 def set_num_labels(config: PretrainedConfig, num_labels: int | None) -> None:
     """Set the labels of a classification model; those of a backbone, which states none, are one by default."""
     if num_labels is not None:
         config.num_labels = num_labels
-    elif not _claims_head(config):
+    elif not claims_head(config):
         config.num_labels = 1
 
 

@@ -20,6 +20,7 @@ from typing import Any, Literal, TextIO
 from crossenc.errors import ConfigError, CrossEncError, InputError, RunConflictError, StorageError
 from crossenc.evaluation.gate import Decision, decide
 from crossenc.evaluation.results import FIRST_STAGE, Evaluation
+from crossenc.layout import gives_scores, read_layout, read_num_labels
 from crossenc.model import CrossEncoder
 from pipelines import distill as distilling
 from pipelines import evaluation as evaluating
@@ -34,6 +35,7 @@ from pipelines.evaluate import read_qrels
 from pipelines.evaluation_inputs import Source
 from pipelines.evaluation_output import EVALUATION_FILE, LOSSES_FILE, PER_QUERY_FILE, load
 from pipelines.finish import REPORT_FILE
+from pipelines.model import checkpoint
 from pipelines.progress import announce
 from pipelines.rankings import Tables
 from pipelines.retrain_config import RetrainConfig
@@ -203,6 +205,7 @@ def describe(job: RetrainJob) -> list[str]:
     lines += [f"{'':<12} {leaking:,} rows of them are judged on, and left out"] if leaking else []
     before = made.num_leaking_before
     lines += [f"{'':<12} {before:,} {_LEARNED_BEFORE}"] if before else []
+    lines.append(f"{'baseline':<12} {made.baseline}")
     return lines + [f"{'to do':<12} {step.name}" for step in records.steps(job.output, made)]
 
 
@@ -282,7 +285,8 @@ def _make(job: RetrainJob, known: Sequence[tuple[Retraining, Ending | None]]) ->
         return None
     entry = registry.newest(job.registry, config.name)
     parent = entry.version if entry else None
-    _check_models(job, parent)
+    judges_base = parent is None and _base_ranks(config)
+    _check_models(job, parent, judges_base)
     fixed = fixed_queries(job.sources, config.max_text_bytes)
     _refuse_leaks(job, fixed)
     leaks, num_rows = _label_leaks(job, files, fixed)  # of all files: what earlier versions learned counts, too
@@ -298,16 +302,23 @@ def _make(job: RetrainJob, known: Sequence[tuple[Retraining, Ending | None]]) ->
     num_before = len(leaks) - sum(file.num_leaking for file in chosen)
     now = round(time.time(), 3)
     key = records.new_key(now, [job.output.uri, [file.identity for file in chosen], job.parts])
-    return Retraining(key, now, parent, entry.number if entry else 0, tuple(chosen), job.parts, num_before)
+    return Retraining(key, now, parent, entry.number if entry else 0, tuple(chosen), job.parts, num_before, judges_base)
 
 
-def _check_models(job: RetrainJob, parent: str | None) -> None:
+def _base_ranks(config: RetrainConfig) -> bool:
+    """Whether the base ranks as it is: a model with a trained head that gives one score."""
+    folder = checkpoint(config.base, config.registry, config.storage_options).folder()
+    return gives_scores(folder) and read_num_labels(folder, read_layout(folder)) == 1
+
+
+def _check_models(job: RetrainJob, parent: str | None, judges_base: bool) -> None:
     """Looks up the models that steps begin with, so that what cannot work is found before the first one."""
     config, start = job.config, _model_of(job, parent)
     nowhere = job.output.uri
     training.resolve(config.train_config(config.labels, start, f"{nowhere}/{records.TRAINED_FOLDER}"))
-    known = {parent: start} if parent else {}
-    evaluating.resolve(config.evaluate_config(known, parent or FIRST_STAGE, f"{nowhere}/{records.EVALUATION_FOLDER}"))
+    judged = {parent or records.BASE: start} if parent or judges_base else {}
+    baseline = next(iter(judged), FIRST_STAGE)
+    evaluating.resolve(config.evaluate_config(judged, baseline, f"{nowhere}/{records.EVALUATION_FOLDER}"))
     if config.distill is not None:
         distilling.check(config.distill_config(start, f"{nowhere}/{records.DISTILLED_FOLDER}"))
     if config.mine is not None:
@@ -510,12 +521,14 @@ def _train(run: _Run, data: LabelledData, start: str) -> None:
 
 
 def _evaluate(run: _Run) -> Evaluation:
-    run.begin("evaluate", f"comparing {run.one.key} with {run.one.parent or 'the first stage'} …")
+    baseline = run.one.baseline
+    shown = {FIRST_STAGE: "the first stage", records.BASE: run.job.config.base}.get(baseline, baseline)
+    run.begin("evaluate", f"comparing {run.one.key} with {shown} …")
     candidate = _named(run.folder / f"{records.TRAINED_FOLDER}/{MODEL_FOLDER}")
-    parent = run.one.parent
-    models = ({parent: _model_of(run.job, parent)} if parent else {}) | {run.one.key: candidate}
+    models = {} if baseline == FIRST_STAGE else {baseline: _model_of(run.job, run.one.parent)}
+    models[run.one.key] = candidate
     place = run.folder / records.EVALUATION_FOLDER
-    config = run.job.config.evaluate_config(models, parent or FIRST_STAGE, place.uri)
+    config = run.job.config.evaluate_config(models, baseline, place.uri)
     found = evaluating.evaluate(config, connect=lambda _: run.connect(), stream=run.stream, should_stop=run.is_over)
     _go_on(run, found.state)
     assert found.evaluation is not None, "it was not stopped"

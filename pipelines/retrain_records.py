@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from crossenc.errors import RunConflictError
 from crossenc.evaluation.gate import Decision
+from crossenc.evaluation.results import FIRST_STAGE
 from pipelines.finish import SUCCESS_FILE
 from pipelines.storage import FileInfo, Location, exists, list_files, locate, put_new, read_bytes
 
@@ -29,6 +30,9 @@ RETRAINING_FILE, DECISION_FILE, ENDING_FILE = "retraining.json", "decision.json"
 #: The steps with folders of their own, in order, and what each leaves when it is done.
 RERANKED_FOLDER, MINED_FOLDER, DISTILLED_FOLDER = "reranked", "mined", "distilled"
 TRAINED_FOLDER, EVALUATION_FOLDER = "trained", "evaluation"
+
+#: What the evaluation calls the base model.
+BASE = "base"
 
 EndState = Literal["promoted", "refused", "void"]
 
@@ -54,9 +58,10 @@ class Retraining:
     """What a retraining set out with.
 
     `key` names it, its folder and the version that it makes. `parent` is the version that it starts from and is
-    compared with, None where the registry has none; `entry` the number of the newest entry of the history then, 0 for
-    none. `parts` are what it depends on; `files` is what it trains on, `num_leaking_before` are rows of other label
-    files that are judged on. `started` is Unix time.
+    compared with, None where the registry has none: it is compared with the base model then, if `judges_base`, or else
+    with the first stage. `entry` is the number of the newest entry of the history at the start, 0 for none. `parts` are
+    what it depends on; `files` is what it trains on, `num_leaking_before` are rows of other label files that are judged
+    on. `started` is Unix time.
     """
 
     key: str
@@ -66,6 +71,12 @@ class Retraining:
     files: tuple[LabelFile, ...]
     parts: Mapping[str, str]
     num_leaking_before: int = 0
+    judges_base: bool = False
+
+    @property
+    def baseline(self) -> str:
+        """What the candidate is compared with, as the evaluation calls it."""
+        return self.parent or (BASE if self.judges_base else FIRST_STAGE)
 
     @property
     def new_files(self) -> tuple[LabelFile, ...]:

@@ -18,7 +18,7 @@ from pipelines.evaluation_report import verdict
 from pipelines.finish import MANIFEST_FILE
 from pipelines.pages import UNKNOWN, duration, load_template, p_value, rate, unit
 from pipelines.retrain_config import RetrainConfig
-from pipelines.retrain_records import TRAINED_FOLDER, EndState, Retraining
+from pipelines.retrain_records import BASE, TRAINED_FOLDER, EndState, Retraining
 from pipelines.storage import Location, read_bytes
 
 _VERDICTS = {"promoted": "Promoted", "refused": "Refused", "void": "Void: the registry was changed meanwhile"}
@@ -135,12 +135,19 @@ def render(story: Story, state: EndState, reason: str = "") -> str:
         verdict=_VERDICTS[state],
         tone={"promoted": "better", "refused": "worse"}.get(state, ""),
         reason=reason,
-        the=lambda name: "the first stage" if name == FIRST_STAGE else name,
+        the=lambda name: _the(story, name),
+        first_stage=FIRST_STAGE,
         interval=_interval,
         judged=verdict,
         p=lambda value: p_value(nan if value is None else value),
         scoring=lambda collection: _scoring_words(story, collection),
     )
+
+
+def _the(story: Story, system: str) -> str:
+    """What people call a system of the evaluation."""
+    is_base = system == BASE and story.retraining.judges_base
+    return "the first stage" if system == FIRST_STAGE else "the base model" if is_base else system
 
 
 def _interval(value: Mean) -> str:

@@ -3,12 +3,14 @@
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from safetensors.torch import load_file, save_file
 
 from crossenc import CrossEncoder, saving
 from crossenc.errors import ConfigError, CrossEncError, InputError, RunConflictError, StorageError
@@ -56,7 +58,8 @@ def folder_of(outcome: Outcome) -> Path:
 def test_three_weeks_promote_do_nothing_refuse_and_promote_again(world):
     world.week(1, share_right=0.5)
     first = go(world)
-    assert first.state == "promoted" and first.decision is not None and first.decision.baseline == FIRST_STAGE
+    assert first.state == "promoted" and first.decision is not None and first.decision.baseline == "base"
+    assert "compared with the base model as it was before" in (folder_of(first) / "report.html").read_text()
     [entry] = history(world)
     assert (entry.version, entry.previous, entry.key) == (folder_of(first).name, None, folder_of(first).name)
     stored = registry.read_version(locate(str(world.folder / "registry")), "reranker", entry.version)
@@ -89,6 +92,28 @@ def test_three_weeks_promote_do_nothing_refuse_and_promote_again(world):
     assert started_as == f"registry://reranker@{entry.version}"
     one, ending = read_all(locate(str(world.folder / "out")))[2]
     assert ending is not None and ending.entry == 2 and len(one.files) == 3 and len(one.new_files) == 1
+
+
+def test_while_there_is_no_version_a_base_that_ranks_is_what_is_to_be_beaten_or_else_the_first_stage(world):
+    base, backbone, classes = (world.folder / name for name in ("base", "backbone", "classes"))
+    shutil.copytree(base, backbone)
+    settings = json.loads((base / "config.json").read_text())
+    (backbone / "config.json").write_text(json.dumps(settings | {"architectures": ["BertModel"]}))
+    weights = load_file(base / "model.safetensors")
+    of_backbone = {name.removeprefix("bert."): value for name, value in weights.items() if name.startswith("bert.")}
+    save_file(of_backbone, backbone / "model.safetensors", metadata={"format": "pt"})
+    tiny_checkpoint(classes, num_labels=3, max_length=64)
+    world.week(1)
+    for model, more, baseline in (
+        (base, {}, "base"),
+        (backbone, {}, FIRST_STAGE),
+        (classes, {"train": {"loss": "cross_entropy"}}, FIRST_STAGE),
+    ):
+        made = retraining._make(resolve(world.config(base=str(model), **more)), [])
+        assert made is not None and made.baseline == baseline
+    (base / "quality.json").write_text('{"quality": 1.0}')
+    refused = go(world)
+    assert refused.state == "refused" and refused.decision is not None and refused.decision.baseline == "base"
 
 
 def test_only_new_labels_are_trained_on_where_that_is_asked_for(world):

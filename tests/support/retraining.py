@@ -137,9 +137,10 @@ def quick_evaluation(world: World) -> Callable[..., evaluation.Outcome]:
 
 
 def quick_world(folder: Path, monkeypatch: pytest.MonkeyPatch) -> World:
-    """A world whose models are trained and scored by stand-ins: everything else is as it is."""
+    """A world whose models are trained and scored by stand-ins: everything else is as it is. The base ranks nothing."""
     monkeypatch.setenv("CROSSENC_CACHE", str(folder / "cache"))
     world = make_world(folder)
+    (folder / "base/quality.json").write_text('{"quality": 0.0}')
     monkeypatch.setattr(retrain.training, "train", quick_training(folder / "base"))
     monkeypatch.setattr(retrain.evaluating, "evaluate", quick_evaluation(world))
     return world
