@@ -48,18 +48,29 @@ def show(uri: str, name: str | None = None) -> int:
 
 
 def promote(
-    uri: str, name: str, source: str, *, reason: str, version: str | None = None, expected: int | None = None
+    uri: str,
+    name: str,
+    source: str,
+    *,
+    reason: str,
+    version: str | None = None,
+    evaluation: str | None = None,
+    expected: int | None = None,
 ) -> int:
     """Makes a version, or a folder that becomes one, the current one; returns the exit code."""
 
     def body(_: runtime.StopSignal) -> int:
         place = locate(uri)
         if _is_folder(source):
+            candidate = new_version.look(locate(source))
+            if evaluation is not None:
+                candidate = new_version.judged(candidate, locate(evaluation))
             announce(sys.stderr, f"storing {source} as a version …")
-            chosen = new_version.add(place, name, new_version.look(locate(source)), version).version
-        elif version is not None:
+            chosen = new_version.add(place, name, candidate, version).version
+        elif version is not None or evaluation is not None:
             raise InputError(
-                "--as names a version that is made of a folder; write the folder with a slash, as ./folder"
+                "--as and --evaluation are of a version that is made of a folder; write the folder with a slash, as"
+                " ./folder"
             )
         else:
             chosen = source
@@ -171,8 +182,8 @@ def promote_command(
         str,
         typer.Argument(
             metavar="VERSION|FOLDER",
-            help="A version; or, with a slash in it, a checkpoint's folder or a training job's output, which becomes"
-            " a version first.",
+            help="A version; or, with a slash in it, a checkpoint's folder or the output of a training or"
+            " distillation job, which becomes a version first.",
             show_default=False,
         ),
     ],
@@ -180,6 +191,12 @@ def promote_command(
     reason: _Reason,
     version: Annotated[
         str | None, typer.Option("--as", help="Name of the version that the folder becomes; by its content if absent.")
+    ] = None,
+    evaluation: Annotated[
+        str | None,
+        typer.Option(
+            "--evaluation", help="Output of `crossenc evaluate` that judged the folder's model, kept with the version."
+        ),
     ] = None,
     expected: Annotated[
         int | None,
@@ -190,7 +207,9 @@ def promote_command(
 
     Exit codes: 0 done, 2 bad configuration or input, 1 anything else.
     """
-    raise typer.Exit(promote(uri, name, source, reason=reason, version=version, expected=expected))
+    raise typer.Exit(
+        promote(uri, name, source, reason=reason, version=version, evaluation=evaluation, expected=expected)
+    )
 
 
 def rollback_command(

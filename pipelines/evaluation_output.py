@@ -134,6 +134,18 @@ def per_query_table(
     return pa.Table.from_pylist(rows, schema=schema)
 
 
+def means_of(found: Evaluation, system: str, collection: str | None = None) -> tuple[float, float | None]:
+    """A system's main measure and its gain over the baseline, as means over the collections, or of one of them.
+
+    The baseline has no gain.
+    """
+    chosen = [one for one in found.collections if collection in (None, one.collection)]
+    figures = [one.system(system).figure(found.measures[0]) for one in chosen]
+    gains = [figure.difference.mean for figure in figures if figure.difference is not None]
+    value = sum(figure.value.mean for figure in figures) / len(figures)
+    return value, sum(gains) / len(gains) if gains else None
+
+
 def load(output: Location) -> Evaluation:
     """What a finished evaluation found. Raises RunConflictError where there is none that can be read."""
     try:

@@ -1,12 +1,13 @@
-"""What becomes a version of the registry: a checkpoint's folder, or the output of a training job.
+"""What becomes a version of the registry: a checkpoint's folder, or the output of a training or distillation job.
 
 It knows what those look like, and nothing of what is in the registry already.
 """
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from crossenc.errors import InputError, RunConflictError
@@ -14,30 +15,42 @@ from pipelines import registry
 from pipelines.finish import MANIFEST_FILE, SUCCESS_FILE
 from pipelines.model import REGISTERED_PART
 from pipelines.registry import MODEL_FOLDER, Version
-from pipelines.storage import Location, exists, read_bytes
+from pipelines.storage import Location, exists, locate, put, read_bytes
+
+#: Where a version has the evaluation that judged it, and what is kept of that: no runs of models.
+EVALUATION_FOLDER = "evaluation"
+EVALUATION_FILES = ("evaluation.json", "per_query.parquet", "losses.jsonl", "report.html")
+#: Where a distillation has its training run.
+_STUDENT_FOLDER = "student"
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A model that could become a version: where it is, what it was trained from, and what is known of it."""
+    """A model that could become a version: where it is, what it was trained from, and what is known of it.
+
+    `evaluation` is the output of an evaluation that judged it, if there is one.
+    """
 
     model: Location
     parent: str | None
     facts: Mapping[str, Any]
+    evaluation: Location | None = None
 
 
 def look(folder: Location) -> Candidate:
-    """What is in `folder`: a checkpoint, or a training job's output with one.
+    """What is in `folder`: a checkpoint, or the output of a training or distillation job with one.
 
     Raises InputError where it is neither, or the training is not finished, RunConflictError where the model is not
     the one that training wrote.
     """
     if exists(folder / "config.json"):
         return Candidate(folder, None, {})
+    if exists(folder / f"{_STUDENT_FOLDER}/{MODEL_FOLDER}/config.json"):
+        return look(folder / _STUDENT_FOLDER)
     if not exists(folder / f"{MODEL_FOLDER}/config.json"):
         raise InputError(
             f"{folder} is neither a checkpoint, with config.json, nor the output of `crossenc train`, with"
-            f" {MODEL_FOLDER}/; name the folder of one"
+            f" {MODEL_FOLDER}/, or `crossenc distill`, with {_STUDENT_FOLDER}/; name the folder of one"
         )
     if not exists(folder / SUCCESS_FILE):
         raise InputError(f"the training in {folder} is not finished: run it again until it is")
@@ -59,6 +72,52 @@ def look(folder: Location) -> Candidate:
     return Candidate(folder / MODEL_FOLDER, depends_on.get(REGISTERED_PART), facts)
 
 
+def judged(candidate: Candidate, folder: Location) -> Candidate:
+    """The candidate with an evaluation that judged it, and with its figures: means over the collections.
+
+    Raises InputError where the evaluation is not finished, or judged no model with the candidate's weights.
+    """
+    # Imported here because it imports scipy and more, which listing models need not wait for.
+    from pipelines.evaluation_output import load, means_of, stored
+
+    if not exists(folder / SUCCESS_FILE):
+        raise InputError(
+            f"{folder} is no finished output of `crossenc evaluate`; run it to its end, or name another one"
+        )
+    found = load(folder)
+    weights = {
+        path: hashlib.sha256(read_bytes(file)).hexdigest()
+        for path, file in registry.files_to_keep(candidate.model).items()
+        if path.endswith(".safetensors")
+    }
+    systems = _systems(stored(folder)["depends_on"])
+    same = [name for name, files in systems.items() if files and files.items() <= weights.items()]
+    if not same:
+        raise InputError(
+            f"{folder} judged no model with the weights of {candidate.model}, but {', '.join(systems) or 'none'};"
+            " evaluate this one"
+        )
+    name = next((one for one in same if one != found.baseline), same[0])
+    value, gain = means_of(found, name)
+    facts = {"measure": found.measures[0], "value": value, "judged_on": [one.collection for one in found.collections]}
+    if gain is not None:
+        facts |= {"gain": gain, "gain_over": found.baseline}
+    others = {key: value for key, value in candidate.facts.items() if key not in ("gain", "gain_over")}
+    return replace(candidate, facts=others | facts, evaluation=folder)
+
+
+def _systems(depends_on: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """The models of an evaluation: name -> path of a file with weights -> digest."""
+    systems: dict[str, dict[str, str]] = {}
+    for part, digest in depends_on.items():
+        if part.startswith("model "):
+            name, _, path = part.removeprefix("model ").partition(" ")
+            files = systems.setdefault(name, {})
+            if path.endswith(".safetensors"):
+                files[path] = digest
+    return systems
+
+
 def add(place: Location, name: str, candidate: Candidate, version: str | None = None) -> Version:
     """Stores the candidate as a version, named by its content unless `version` is given.
 
@@ -66,7 +125,12 @@ def add(place: Location, name: str, candidate: Candidate, version: str | None = 
     """
     version = version or content_name(candidate.model)
     folders = {MODEL_FOLDER: candidate.model}
-    return registry.store_version(place, name, version, folders, parent=candidate.parent, facts=candidate.facts)
+    with tempfile.TemporaryDirectory(prefix="crossenc-evaluation-") as temporary:
+        if candidate.evaluation is not None:
+            folders[EVALUATION_FOLDER] = locate(temporary)
+            for file in EVALUATION_FILES:
+                put(folders[EVALUATION_FOLDER] / file, read_bytes(candidate.evaluation / file))
+        return registry.store_version(place, name, version, folders, parent=candidate.parent, facts=candidate.facts)
 
 
 def content_name(folder: Location) -> str:

@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import TypeAdapter
 
 from crossenc.errors import InputError, RunConflictError, StorageError
-from pipelines.storage import Location, list_files, put_if, put_new, read_bytes
+from pipelines.storage import Location, exists, list_files, put_if, put_new, read_bytes
 from pipelines.stored_files import StoredFile
 
 #: Raised when the meaning of version.json or of a history entry changes.
@@ -104,6 +104,10 @@ def store_version(
     """
     place = _version_folder(registry, name, version)
     sources = _sources(folders)
+    if exists(place / VERSION_FILE):  # before anything is copied beside what is there
+        there = {file.path for file in read_version(registry, name, version).files}
+        if there != sources.keys():
+            raise RunConflictError(_occupied(place))
     files = tuple(_copy(sources[path], place, path) for path in sorted(sources))  # one by one: weights are large
     _refuse_extra(place, files)
     made = Version(name, version, _now(), parent, files, dict(facts))

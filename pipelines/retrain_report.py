@@ -14,6 +14,7 @@ from crossenc.card.promotion import Promotion, with_promotion
 from crossenc.evaluation.gate import Decision
 from crossenc.evaluation.results import FIRST_STAGE, Evaluation, Mean
 from pipelines import plan as plans
+from pipelines.evaluation_output import means_of
 from pipelines.evaluation_report import verdict
 from pipelines.finish import MANIFEST_FILE
 from pipelines.pages import UNKNOWN, duration, load_template, p_value, rate, unit
@@ -53,17 +54,13 @@ class Story:
 
 def facts_of(story: Story) -> dict[str, Any]:
     """What the registry and decision.json show beside the decision. Figures are means over the collections."""
-    measure, key = story.config.gate.metric, story.retraining.key
-    only = story.config.gate.collection
-    figures = [
-        one.system(key).figure(measure) for one in story.evaluation.collections if only in (None, one.collection)
-    ]
-    gains = [figure.difference.mean for figure in figures if figure.difference is not None]
+    key, measure = story.retraining.key, story.config.gate.metric
+    value, gain = means_of(story.evaluation, key, story.config.gate.collection)
     return {
         "retraining": key,
         "measure": measure,
-        "value": sum(figure.value.mean for figure in figures) / len(figures),
-        "gain": sum(gains) / len(gains),
+        "value": value,
+        "gain": gain,
         "summary": story.decision.summary,
         "gate": asdict(story.config.gate),
         "label_files": len(story.retraining.files),

@@ -2,13 +2,15 @@
 
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from crossenc.evaluation.results import CollectionResult, Difference, Evaluation, Figure, Mean, SystemResult
 from jobs.cli import app
-from pipelines.registry import history, names, read_version, versions
+from pipelines.registry import history, names, read_version, verify, versions
 from pipelines.storage import locate
 from tests.support.registry_driver import make_model
 
@@ -67,6 +69,78 @@ def test_the_output_of_a_training_is_taken_with_its_result_and_named_by_its_cont
     call("promote", "ranker", "./other", "--reason", "r")
     newest = read_version(locate("models"), "ranker", history(locate("models"), "ranker")[-1].version)
     assert newest.version != version.version and "gain" not in newest.facts
+
+
+def make_evaluation(folder: Path, *models: Path) -> None:
+    """What an evaluation job leaves, as far as a registry reads it: the later a model, the better it is."""
+    systems = []
+    for place, model in enumerate((None, *models)):
+        gain = Difference(
+            mean=0.1 * place, low=0, high=1, p_t=0.1, p_randomisation=0.1, p_holm=0.1, num_better=1, num_worse=0
+        )
+        value = Mean(mean=0.3 + 0.1 * place, low=None, high=None)
+        systems.append(
+            SystemResult(
+                system=model.name if model else "first_stage",
+                kind="model" if model else "first_stage",
+                source="",
+                figures=(Figure(measure="RR@10", value=value, difference=gain if model else None),),
+                depths=(),
+                segments=(),
+                num_without_ranking=0,
+                pairs_per_second=None,
+            )
+        )
+    numbers = dict.fromkeys(("num_queries", "num_judgements", "num_without_relevant", "num_candidates"), 9)
+    one = CollectionResult(collection="clicks", systems=tuple(systems), digests={}, **numbers)
+    found = Evaluation(measures=("RR@10",), baseline="first_stage", seed=0, collections=(one,), num_compared=1)
+    parts = {
+        f"model {model.name} {file}": hashlib.sha256((model / "model" / file).read_bytes()).hexdigest()
+        for model in models
+        for file in ("config.json", "model.safetensors")
+    }
+    folder.mkdir()
+    body = {"format": 1, "fingerprint": "f", "depends_on": parts, "evaluation": asdict(found)}
+    (folder / "evaluation.json").write_text(json.dumps(body))
+    for name in ("per_query.parquet", "losses.jsonl", "report.html", "_SUCCESS", "runs/clicks/part"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+
+
+def test_a_version_may_bring_the_evaluation_that_judged_its_weights(workplace):
+    for name in ("trained", "better", "unjudged"):
+        make_training(workplace / name, weights=name)
+    make_evaluation(workplace / "evaluation", workplace / "trained", workplace / "better")
+    with_it = ("--evaluation", "evaluation", "--reason", "r")
+    call("promote", "ranker", "./better", "--as", "v1", *with_it)
+    version = read_version(locate("models"), "ranker", "v1")
+    kept = {file.path for file in version.files if not file.path.startswith("model/")}
+    assert kept == {
+        f"evaluation/{name}" for name in ("evaluation.json", "per_query.parquet", "losses.jsonl", "report.html")
+    }
+    assert version.facts["measure"] == "RR@10" and version.facts["gain_over"] == "first_stage"
+    assert version.facts["training"] == {"Weights": "ab"} and version.facts["judged_on"] == ["clicks"]
+    assert "0.5000  +0.2000" in call("models", "ranker")
+    said = call("promote", "ranker", "./unjudged", *with_it, code=2)
+    assert "judged no model with the weights of" in said and "trained, better" in said
+    assert "--evaluation are of a version that is made of a folder" in call("promote", "ranker", "v1", *with_it, code=2)
+    (workplace / "evaluation/_SUCCESS").unlink()
+    assert "is no finished output" in call("promote", "ranker", "./trained", *with_it, code=2)
+    assert "holds another content" in call("promote", "ranker", "./better", "--as", "v1", "--reason", "r", code=2)
+
+
+def test_the_output_of_a_distillation_is_taken_by_its_student(workplace):
+    make_training(workplace / "distilled/student")
+    call("promote", "ranker", "./distilled", "--as", "v1", "--reason", "r")
+    assert read_version(locate("models"), "ranker", "v1").facts["training"] == {"Weights": "ab"}
+
+
+def test_another_content_under_a_known_name_leaves_the_version_as_it_was(workplace):
+    make_model(workplace / "base", "w")
+    call("promote", "ranker", "./base", "--as", "v1", "--reason", "r")
+    (workplace / "base/added.json").write_text("{}")
+    assert "take another version name" in call("promote", "ranker", "./base", "--as", "v1", "--reason", "r", code=2)
+    verify(locate("models"), read_version(locate("models"), "ranker", "v1"))
 
 
 @pytest.mark.parametrize(
