@@ -29,7 +29,7 @@ NULL_HASH = np.uint64(0)
 _MAX_ROW_GROUPS = 1_000_000
 _BUFFER_BYTES = 8 * 2**20
 _BATCH_BYTES = 64 * 2**20
-_REMEDY = "restore the file (skip_bad_files: true goes on without bad candidates files)"
+_REMEDY = "restore the file"
 
 
 class CandidatesConfig(Protocol):
@@ -159,7 +159,7 @@ def _keep(
         elif config.skip_bad_files:
             skipped.append((file.location.uri, str(result)))
         else:
-            raise result
+            raise InputError(f"{result} (skip_bad_files: true goes on without bad candidates files)")
     if not kept:
         raise InputError("none of the candidates files can be read; see the first error: " + skipped[0][1])
     return kept

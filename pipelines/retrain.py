@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -33,9 +34,10 @@ from pipelines import train as training
 from pipelines.distill import STUDENT_FOLDER
 from pipelines.evaluate import read_qrels
 from pipelines.evaluation_inputs import Source
-from pipelines.evaluation_output import EVALUATION_FILE, LOSSES_FILE, PER_QUERY_FILE, load
+from pipelines.evaluation_output import load
 from pipelines.finish import REPORT_FILE
 from pipelines.model import checkpoint
+from pipelines.new_version import EVALUATION_FILES, EVALUATION_FOLDER
 from pipelines.progress import announce
 from pipelines.rankings import Tables
 from pipelines.retrain_config import RetrainConfig
@@ -67,7 +69,7 @@ from pipelines.storage import (
 from pipelines.texts import find_table
 from pipelines.train_data import NothingToLearnError
 from pipelines.train_data_config import LabelledData
-from pipelines.train_files import find_columns
+from pipelines.train_files import find_columns, has_rows
 from pipelines.train_files import list_files as list_input
 from pipelines.train_finish import MODEL_FOLDER
 from pipelines.units import DATA_FOLDER
@@ -76,6 +78,7 @@ from pipelines.units import DATA_FOLDER
 PROMOTED_FOLDER = "promoted"
 LABELS_FOLDER, PUSHED_FILE = "labels", "pushed.json"
 _CARD = "README.md"
+_READERS = 8
 _LEARNED_BEFORE = "rows of labels from before are judged on now: earlier versions may have learned their queries"
 
 State = Literal["promoted", "refused", "void", "nothing new", "stopped"]
@@ -93,13 +96,17 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class RetrainJob:
-    """A job with everything looked up that does not depend on which retraining it is."""
+    """A job with everything looked up that does not depend on which retraining it is.
+
+    `files` are the label files with rows, `empty` those without.
+    """
 
     config: RetrainConfig
     output: Location
     registry: Location
     sources: tuple[Source, ...]
     files: tuple[FileInfo, ...]
+    empty: tuple[FileInfo, ...]
     parts: Mapping[str, str]
 
     @property
@@ -172,13 +179,19 @@ def resolve(config: RetrainConfig) -> RetrainJob:
     for source in sources:
         if not source.has_texts:
             raise ConfigError(f"{source.config.name} has no texts for a model to read: name its queries and corpus")
-    files = list_input(config.labels, options)
+    listed = list_input(config.labels, options)
+    with ThreadPoolExecutor(_READERS) as pool:
+        filled = list(pool.map(has_rows, listed))
+    files = [file for file, is_filled in zip(listed, filled, strict=True) if is_filled]
+    empty = [file for file, is_filled in zip(listed, filled, strict=True) if not is_filled]
+    if not files:
+        raise InputError(f"none of {len(listed):,} label files has a row, as {listed[0].location}: there are no labels")
     find_columns(config.labels, files)
     if config.mine is not None and not all(file.location.name.endswith(".parquet") for file in files):
         raise ConfigError("mine needs labels as Parquet with query_id, doc_id and label")
     judged_on = [file for source in sources for file in source.files]
     parts = plans.describe_parts(judged_on, {}, config.result_options()) | {"job": "retrain"}
-    return RetrainJob(config, output, place, sources, tuple(files), parts)
+    return RetrainJob(config, output, place, sources, tuple(files), tuple(empty), parts)
 
 
 def describe(job: RetrainJob) -> list[str]:
@@ -195,6 +208,7 @@ def describe(job: RetrainJob) -> list[str]:
         lines.append(f"{'goes on with':<12} {pending.key}, {len(pending.new_files):,} new files of labels")
         steps = records.steps(job.output, pending)
         return lines + [f"{'done' if step.done else 'to do':<12} {step.name}" for step in steps]
+    lines += [f"{'':<12} {_empty(job)}"] if job.empty else []
     made = _make(job, known)
     if made is None:
         return [*lines, f"{'labels':<12} {len(job.files):,} files; {_nothing_new(job, known)}: nothing to do"]
@@ -243,6 +257,8 @@ def _next(run: _Run, new_run: bool) -> Outcome:
         run.say(f"going on with {pending.key} …")
     else:
         run.begin("labels", "looking for new labels …")
+        if job.empty:
+            run.say(_empty(job))
         pending = _make(job, known)
         if pending is None:
             return Outcome("nothing new", f"nothing to do: {_nothing_new(job, known)}")
@@ -264,6 +280,10 @@ def _next(run: _Run, new_run: bool) -> Outcome:
     except _StoppedError:
         message = run.lost[0] if run.lost else f"stopped; run the same command again to resume {run.folder}"
         return Outcome("stopped", message, run.folder)
+
+
+def _empty(job: RetrainJob) -> str:
+    return f"{len(job.empty):,} label files without rows are passed over, as {job.empty[0].location}"
 
 
 def _nothing_new(job: RetrainJob, known: Sequence[tuple[Retraining, Ending | None]]) -> str:
@@ -557,7 +577,7 @@ def _promote(run: _Run, story: Story) -> Outcome:
     config, one, decision = run.job.config, run.one, story.decision
     run.begin("promote", f"promoting {one.key} …")
     model = _with_card(run, story)
-    folders = {registry.MODEL_FOLDER: model, "evaluation": _evaluation_to_keep(run)}
+    folders = {registry.MODEL_FOLDER: model, EVALUATION_FOLDER: _evaluation_to_keep(run)}
     facts = facts_of(story) | {"lineage": lineage_of(story)}
     registry.store_version(run.job.registry, config.name, one.key, folders, parent=one.parent, facts=facts)
     try:
@@ -595,9 +615,9 @@ def _with_card(run: _Run, story: Story) -> Location:
 
 def _evaluation_to_keep(run: _Run) -> Location:
     """A copy of what the evaluation found and of the decision, without the runs of the models."""
-    target = run.folder / f"{PROMOTED_FOLDER}/evaluation"
+    target = run.folder / f"{PROMOTED_FOLDER}/{EVALUATION_FOLDER}"
     source = run.folder / records.EVALUATION_FOLDER
-    for name in (EVALUATION_FILE, PER_QUERY_FILE, LOSSES_FILE, REPORT_FILE):
+    for name in EVALUATION_FILES:
         put_new(target / name, read_bytes(source / name))
     for name in (records.DECISION_FILE, records.RETRAINING_FILE):
         put_new(target / name, read_bytes(run.folder / name))

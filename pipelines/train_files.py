@@ -117,6 +117,20 @@ def format_of(file: FileInfo) -> Format:
     raise InputError(f"{file.location} is of no known kind; labelled data has the suffix {', '.join(SUFFIXES)}")
 
 
+def has_rows(file: FileInfo) -> bool:
+    """Whether there is anything in a file. Raises InputError for a damaged one."""
+    kind = format_of(file)
+    if file.num_bytes == 0:
+        return False
+    if kind == "parquet":
+        return int(read_footer(file).num_rows) > 0
+    if kind == "arrow":
+        with _naming_arrow(file), open_input(file) as source:
+            return any(batch.num_rows for batch in pa.ipc.open_stream(source))
+    with _open_lines(file) as stream:
+        return any(not line.isspace() for line, _ in _read_lines(stream))
+
+
 def find_columns(data: LabelledData, files: Sequence[FileInfo]) -> LabelledColumns:
     """The columns of all files. Raises InputError for files that are not alike."""
     found = [_columns_of(data, file) for file in files]

@@ -67,7 +67,8 @@ def test_a_file_that_is_not_sound_parquet_is_refused_by_name_or_skipped(tmp_path
     assert "\n" not in str(refused.value)
     found = _scan(str(tmp_path), skip_bad_files=True)
     assert [s.file.location.name for s in found.scans] == ["a.parquet"]
-    assert found.skipped == ((f"file://{bad}", str(refused.value)),)
+    reason, _, remedy = str(refused.value).partition(" (skip_bad_files: true")
+    assert found.skipped == ((f"file://{bad}", reason),) and "goes on without bad candidates files" in remedy
 
 
 def test_an_encrypted_file_is_called_encrypted(tmp_path):

@@ -1,5 +1,6 @@
 """Retraining jobs: what is promoted, refused, void or left alone, whatever happens between. A whole one on Ray."""
 
+import gzip
 import io
 import json
 import re
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file, save_file
@@ -21,9 +23,10 @@ from pipelines import lease, registry
 from pipelines import retrain as retraining
 from pipelines import retrain_records as records
 from pipelines.retrain import Outcome, describe, needs, resolve, retrain
+from pipelines.retrain_config import RetrainConfig
 from pipelines.retrain_records import Ending, Retraining, read_all
 from pipelines.status import look_at_retraining
-from pipelines.storage import locate
+from pipelines.storage import list_files, locate, read_bytes
 from pipelines.train_data import NothingToLearnError
 from tests.support.retraining import World, make_world, quick_world
 
@@ -107,7 +110,7 @@ def test_while_there_is_no_version_a_base_that_ranks_is_what_is_to_be_beaten_or_
     for model, more, baseline in (
         (base, {}, "base"),
         (backbone, {}, FIRST_STAGE),
-        (classes, {"train": {"loss": "cross_entropy"}}, FIRST_STAGE),
+        (classes, {"train": {"loss": {"name": "cross_entropy"}}}, FIRST_STAGE),
     ):
         made = retraining._make(resolve(world.config(base=str(model), **more)), [])
         assert made is not None and made.baseline == baseline
@@ -241,6 +244,24 @@ def test_judgements_become_lists_with_mined_negatives(world):
     assert outcome.state == "promoted", outcome.message
     lists = pq.read_table(folder_of(outcome) / "mined/data").to_pylist()
     assert len(lists) == 39 and all(row["labels"] == [1.0, 0.0, 0.0] for row in lists)
+
+
+@pytest.mark.parametrize("name", ["w.parquet", "frame.parquet", "w.jsonl", "w.jsonl.gz", "w.arrow"])
+def test_a_label_file_without_rows_is_passed_over_and_named(world, name):
+    path = world.week(1).with_name(name)
+    if name == "frame.parquet":
+        pd.DataFrame({"query": [], "docs": [], "labels": []}).to_parquet(path)
+    elif name == "w.arrow":
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, pa.schema([("query", pa.float64())])):
+            pass
+    else:
+        path.write_bytes(gzip.compress(b"\n") if name.endswith(".gz") else b"")
+    assert next_one(world) == [("week-1.parquet", True)]
+    assert f"1 label files without rows are passed over, as file://{path}" in "\n".join(
+        describe(resolve(world.config()))
+    )
+    with pytest.raises(InputError, match="none of 1 label files has a row"):
+        resolve(world.config(labels=str(path)))
 
 
 def test_labels_that_give_no_list_hold_up_no_later_ones(world):
@@ -569,6 +590,24 @@ def test_a_collection_without_texts_is_refused_before_any_work(world):
     pairs[["query_id", "doc_id", "rank"]].to_parquet(world.folder / "fixed.parquet", index=False)
     with pytest.raises(ConfigError, match="clicks has no texts for a model to read"):
         go(world)
+
+
+def test_a_retraining_may_have_everything_in_a_bucket(world, s3_bucket):
+    world.week(1)
+    config = RetrainConfig.model_validate(world.upload(f"s3://{s3_bucket}"))
+    place, output = locate(config.registry), locate(config.output)
+    assert "baseline     base" in describe(resolve(config)) and not list_files(output)
+    stopped = retrain(config, connect=no_ray, stream=io.StringIO(), should_stop=lambda: True)
+    assert stopped.state == "stopped" and registry.newest(place, "reranker") is None
+    outcome = retrain(config, connect=no_ray, stream=io.StringIO())
+    assert outcome.state == "promoted" and outcome.folder == stopped.folder, outcome.message
+    [entry] = registry.history(place, "reranker")
+    version, model = registry.resolve("registry://reranker", place)
+    registry.verify(place, version)
+    assert version.version == entry.key and "of" in json.loads(read_bytes(model / "quality.json"))
+    assert b"Promoted" in read_bytes(outcome.folder / "report.html")
+    assert look_at_retraining(config.output, {}).num_promoted == 1
+    assert retrain(config, connect=no_ray, stream=io.StringIO()).state == "nothing new"
 
 
 @pytest.mark.faults

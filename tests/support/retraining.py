@@ -5,7 +5,6 @@ good as the share of its labels that are right; the one for scoring lets it rank
 """
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from pipelines import evaluation, rankings, retrain, train
 from pipelines.evaluation_config import EvaluateConfig
 from pipelines.model import checkpoint
 from pipelines.retrain_config import RetrainConfig
-from pipelines.storage import locate, put
+from pipelines.storage import locate, put, read_bytes
 from pipelines.train_config import TrainConfig
 from pipelines.train_files import list_files
 from pipelines.train_finish import Finished
@@ -68,6 +67,14 @@ class World:
             **more,
         }
 
+    def upload(self, root: str) -> dict[str, Any]:
+        """Puts everything that there is below `root`, a URI; returns the settings of a job that is there alone."""
+        for path in self.folder.rglob("*"):
+            if path.is_file() and "cache" not in path.parts:
+                put(locate(f"{root}/{path.relative_to(self.folder)}"), path.read_bytes())
+        settings: dict[str, Any] = json.loads(json.dumps(self.settings()).replace(str(self.folder), root))
+        return settings
+
     def config(self, **more: object) -> RetrainConfig:
         return RetrainConfig.model_validate(self.settings(**more))
 
@@ -100,12 +107,13 @@ def quick_training(base: Path) -> Callable[..., train.Outcome]:
 
     def quick(config: TrainConfig, **_: object) -> train.Outcome:
         output = locate(config.output)
-        files = [pq.read_table(file.location.path) for file in list_files(config.train, {})]
+        files = [pq.read_table(pa.BufferReader(read_bytes(file.location))) for file in list_files(config.train, {})]
         right = np.concatenate([[labels[0] for labels in table.column("labels").to_pylist()] for table in files])
-        folder = Path(output.path, "model")
-        shutil.copytree(base, folder, dirs_exist_ok=True)
-        (folder / "quality.json").write_text(json.dumps({"quality": right.mean(), "of": config.model}))
-        (folder / "README.md").write_text("---\ntags:\n- reranker\n---\n\n# A model\n\n## Training Details\n\nMuch.\n")
+        card = "---\ntags:\n- reranker\n---\n\n# A model\n\n## Training Details\n\nMuch.\n"
+        made = {path.name: path.read_bytes() for path in base.iterdir()} | {"README.md": card.encode()}
+        made["quality.json"] = json.dumps({"quality": right.mean(), "of": config.model}).encode()
+        for name, body in made.items():
+            put(output / f"model/{name}", body)
         lineage = {"Parent": "a", "Training data": "b", "Configuration": "c", "Code": "crossenc 0", "Weights": "d"}
         manifest = {"lineage": lineage, "rows": {"train": len(right)}, "seconds": 90.0}
         put(output / "_manifest.json", json.dumps(manifest).encode())
