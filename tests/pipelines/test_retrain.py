@@ -203,7 +203,7 @@ def test_a_decision_is_told_to_people_and_to_programs(world):
     entry = history(world)[0]
     card = (world.folder / f"registry/reranker/versions/{entry.version}/model/README.md").read_text()
     for part in (
-        "promoted over the first stage",
+        "promoted over base",
         "market: de",
         "| **nDCG@10** |",
         "0.90 at 36.00 an hour",
