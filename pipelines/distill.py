@@ -20,7 +20,7 @@ from typing import Any, Literal, TextIO
 from crossenc.errors import InputError, RunConflictError
 from crossenc.layers import keep_layers, layers_to_keep
 from crossenc.losses import objective
-from pipelines import execute, lease, units
+from pipelines import execute, lease, logs, metrics, units
 from pipelines import plan as plans
 from pipelines import rerank as reranking
 from pipelines import train as training
@@ -122,10 +122,26 @@ def distill(
     say = UnitProgress(stream).say
     for note in notes:
         say(note)
-    stopped = Outcome("stopped", output, f"stopped; run the same command again to resume {output}")
-    if new_run:
-        _remove(output, say)
+    # A distillation has no plan of its own, but one output.
+    run = metrics.run_tag(plans.fingerprint({"job": "distill", "output": output.uri}))
+    with logs.about(run, config.storage_options):
+        if new_run:
+            _remove(output, say)
+        return _stages(config, output, say, connect=connect, stream=stream, should_stop=should_stop)
+
+
+def _stages(
+    config: DistillConfig,
+    output: Location,
+    say: Callable[[str], None],
+    *,
+    connect: Callable[[], int],
+    stream: TextIO,
+    should_stop: Callable[[], bool],
+) -> Outcome:
+    """Runs the stages in their order."""
     shared: dict[str, Any] = {"stream": stream, "should_stop": should_stop}
+    stopped = Outcome("stopped", output, f"stopped; run the same command again to resume {output}")
     folders = []
     for number, teacher in enumerate(config.teacher_names):
         say(f"teacher {number + 1} of {len(config.teacher_names)}: {teacher}")

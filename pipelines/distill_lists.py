@@ -127,6 +127,7 @@ def list_job(config: DistillConfig, output: Location, teachers: Sequence[Locatio
         make_plan=lambda: units.with_small_buckets(units.plan_of_rerank(source, parts)),
         make_context=lambda plan: _context(config, output, plan, results),
         workers=config.workers,
+        storage_options=options,
     )
 
 

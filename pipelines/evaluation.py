@@ -15,7 +15,7 @@ from crossenc.errors import ConfigError, InputError
 from crossenc.evaluation.comparison import Collection, System
 from crossenc.evaluation.depths import rerank_top
 from crossenc.evaluation.results import Evaluation
-from pipelines import evaluation_inputs, lease, ledger, rankings
+from pipelines import evaluation_inputs, lease, ledger, logs, metrics, rankings
 from pipelines import plan as plans
 from pipelines.config import RerankConfig
 from pipelines.evaluate import reranked_runs
@@ -149,8 +149,9 @@ def evaluate(
     is something to score. `should_stop()` and the errors are those of `rerank`. `new_run` deletes what was scored.
     """
     job = resolve(config, models)
+    fingerprint = plans.fingerprint(job.parts)
     is_finished = not new_run and exists(job.output / SUCCESS_FILE)
-    if is_finished and stored(job.output)["fingerprint"] == plans.fingerprint(job.parts):
+    if is_finished and stored(job.output)["fingerprint"] == fingerprint:
         message = f"nothing to do: this evaluation is finished; see {job.output / REPORT_FILE}"
         return Outcome("already done", job.output, message, load(job.output))
     probe(job.output)  # found unwritable now, not after the first model
@@ -159,7 +160,8 @@ def evaluate(
         announce(stream, text)
 
     lost: list[str] = []
-    with lease.hold(job.output, dict, lost.append, say):
+    run = logs.about(metrics.run_tag(fingerprint), job.config.storage_options)
+    with run, lease.hold(job.output, dict, lost.append, say):
         delete([job.output / SUCCESS_FILE])
         if new_run:
             _remove(job.output)

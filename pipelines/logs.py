@@ -4,9 +4,10 @@ With JSON logs on, each line says when, how grave and of which run it is; worker
 stage, reason and query where there is one. Nothing that looks like a credential is ever written. It knows no run.
 """
 
+import contextlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, TextIO
@@ -47,9 +48,19 @@ def begin(logs: Logs) -> None:
         logging.basicConfig(level=logging.WARNING, handlers=[handler])
 
 
-def bind(run: str, options: Mapping[str, Any]) -> None:
-    """From now on lines are about this run, whose storage options may be secret."""
-    begin(replace(_current, fields={**_current.fields, "run": run}, options=options))
+@contextlib.contextmanager
+def about(run: str, options: Mapping[str, Any]) -> Iterator[None]:
+    """Inside the block lines are about this run, whose storage options may be secret; then about the run around it.
+
+    The last run of a process has none around it: the error that ends the process is a line about that run.
+    """
+    outer = _current
+    begin(replace(_current, fields={**_current.fields, "run": run}, options={**_current.options, **options}))
+    try:
+        yield
+    finally:
+        if "run" in outer.fields:
+            begin(outer)
 
 
 def is_display(stream: TextIO) -> bool:

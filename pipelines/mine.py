@@ -101,6 +101,7 @@ def mine(
         make_plan=lambda: make_plan(job),
         make_context=lambda plan: _context(job, plan),
         workers=config.workers,
+        storage_options=config.storage_options,
     )
     return units.run(work, stream=stream, should_stop=should_stop, new_run=new_run)
 

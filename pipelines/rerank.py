@@ -132,7 +132,8 @@ def rerank(
     run = _Run(job, connect, stream, should_stop)
     if create_only != "atomic":
         run.say(f"this store's create-only PUT is {create_only}: do not start two runs on one output")
-    with lease.hold(job.output, run.snapshot, run.lose, run.say) as epoch:
+    about = logs.about(metrics.run_tag(plans.fingerprint(job.parts)), config.storage_options)
+    with about, lease.hold(job.output, run.snapshot, run.lose, run.say) as epoch:
         if new_run:
             remove_run(job.output)
         plan = plans.load(job.output)  # again: another run may have made one while this one waited for the lease
@@ -221,7 +222,6 @@ class _Run:
     def execute(self, plan: Plan, epoch: int) -> Outcome:
         """Scores what is not committed yet, ranks buckets where there are any, and finishes the run."""
         config, output = self._job.config, self._job.output
-        logs.bind(metrics.run_tag(plan.fingerprint), config.storage_options)
         journal = ledger.Journal(output, epoch)
         try:
             shard_records = self._phase(

@@ -25,7 +25,7 @@ from crossenc.layout import gives_scores, read_layout, read_num_labels
 from crossenc.model import CrossEncoder
 from pipelines import distill as distilling
 from pipelines import evaluation as evaluating
-from pipelines import evaluation_inputs, execute, lease, registry
+from pipelines import evaluation_inputs, execute, lease, logs, registry
 from pipelines import mine as mining
 from pipelines import plan as plans
 from pipelines import rerank as reranking
@@ -268,7 +268,8 @@ def _next(run: _Run, new_run: bool) -> Outcome:
             run.say(f"{pending.num_leaking_before:,} {_LEARNED_BEFORE}")
     run.retraining = pending
     try:
-        return _finish(run)
+        with logs.about(pending.key, job.options):
+            return _finish(run)
     except NothingToLearnError as error:
         _end(run, "void", str(error), None, None)
         raise NothingToLearnError(

@@ -8,6 +8,7 @@ A step's batch, learning rate and dropout are functions of its number, so a run 
 one that was not, up to rounding, as long as the number of workers is the same.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -187,7 +188,7 @@ def train(
     def is_over() -> bool:
         return bool(lost) or should_stop()
 
-    with lease.hold(job.output, display.snapshot, lost.append, display.say):
+    with lease.hold(job.output, display.snapshot, lost.append, display.say), contextlib.ExitStack() as stack:
         if new_run:
             remove_run(job.output)
         started = _begin(job)
@@ -195,6 +196,7 @@ def train(
         with display:
             try:
                 run = _prepared(job, started, display, is_over)
+                stack.enter_context(logs.about(metrics.run_tag(run.fingerprint), config.storage_options))
                 ending = _fit(run, cores, display, is_over)
             except StoppedError:
                 ending = Ending("stopped")
@@ -280,7 +282,6 @@ def _prepared(job: TrainJob, started: float, display: TrainProgress, should_stop
         display.say(f"warning: {problem}")
     digests = {**job.parts, "train data": train.digest, "validation data": validation.digest if validation else ""}
     fingerprint = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
-    logs.bind(metrics.run_tag(fingerprint), config.storage_options)
     return TrainRun(
         config=job.config,
         output=job.output,

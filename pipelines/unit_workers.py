@@ -13,6 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 from crossenc.errors import CrossEncError
+from pipelines import logs
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -42,7 +43,7 @@ def run(
     spawn = multiprocessing.get_context("spawn")
     waiting = iter(items)
     pending: set[Future[Result]] = set()
-    with ProcessPoolExecutor(num_workers, spawn, _begin, (context,)) as pool:
+    with ProcessPoolExecutor(num_workers, spawn, _begin, (context, logs.current())) as pool:
         try:
             while True:
                 if should_stop():
@@ -67,10 +68,11 @@ def run(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _begin(context: Any) -> None:
-    """Makes a process ready: it leaves signals to its parent, and ends when that one is gone."""
+def _begin(context: Any, like: logs.Logs) -> None:
+    """Makes a process ready: it logs as its parent does, leaves signals to it, and ends when it is gone."""
     global _context
     _context = context
+    logs.begin(like)
     for number in (signal.SIGINT, signal.SIGTERM):  # Ray sends a job that it stops, and all below it, the latter
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

@@ -7,6 +7,7 @@ again does the units without a record. It knows nothing of what a job makes of i
 
 import contextlib
 import json
+import logging
 import math
 import time
 from collections import Counter
@@ -20,7 +21,7 @@ import pyarrow as pa
 from pydantic import TypeAdapter, ValidationError
 
 from crossenc.errors import CrossEncError, RunConflictError
-from pipelines import lease, unit_workers
+from pipelines import lease, logs, metrics, unit_workers
 from pipelines import plan as plans
 from pipelines.finish import MANIFEST_FILE, SUCCESS_FILE, first_changed
 from pipelines.plan import RUN_FOLDER, Plan, Shard
@@ -30,6 +31,7 @@ from pipelines.stored_files import StoredFile, store
 from pipelines.unit_progress import UnitProgress
 from pipelines.unit_rows import GATHERED_FOLDER, RowContext, bucket_rows, gather, shard_rows
 
+logger = logging.getLogger(__name__)
 DATA_FOLDER = "data"
 RECORD_FOLDER = f"{RUN_FOLDER}/records"
 _FOLDERS = (DATA_FOLDER, "completeness", "quarantine", RUN_FOLDER)
@@ -104,6 +106,7 @@ class UnitJob(Generic[Counts]):
     make_plan: Callable[[], Plan]
     make_context: Callable[[Plan], UnitContext]
     workers: int
+    storage_options: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +166,8 @@ def run(
             return _confirm(job)
     display = UnitProgress(stream)
     lost: list[str] = []
-    with lease.hold(job.output, display.snapshot, lost.append, display.say):
+    about = logs.about(metrics.run_tag(plans.fingerprint(job.parts)), job.storage_options)
+    with about, lease.hold(job.output, display.snapshot, lost.append, display.say):
         if new_run:
             remove_run(job.output)
         plan = plans.load(job.output)  # again: another run may have made one while this one waited for the lease
@@ -216,6 +220,7 @@ def _made(
 def _make_unit(item: tuple[str, Shard | int], context: UnitContext) -> UnitRecord[Any]:
     """Makes one unit, and makes it done."""
     unit_id, unit = item
+    started = time.monotonic()
     if isinstance(unit, Shard):
         rows, results = shard_rows(unit, context), [parts[unit_id] for parts in context.results]
     else:
@@ -227,7 +232,11 @@ def _make_unit(item: tuple[str, Shard | int], context: UnitContext) -> UnitRecor
     stored = [store(path, body, context.output) for path, body in files.items() if body is not None]
     record = UnitRecord(unit_id, context.plan.fingerprint, counts, tuple(stored))
     place = context.output / f"{RECORD_FOLDER}/{unit_id}.json"
-    return _parse(put_new(place, kind.record.dump_json(record)), place, context.plan, kind)
+    record = _parse(put_new(place, kind.record.dump_json(record)), place, context.plan, kind)
+    seconds = round(time.monotonic() - started, 3)
+    about = {"num_candidates": counts.num_candidates, **counts.shown(), "seconds": seconds}
+    logs.note(logger, "committed", stage="write", shard=unit_id, **about)
+    return record
 
 
 def _records(job: UnitJob[Counts], plan: Plan) -> dict[str, UnitRecord[Counts]]:

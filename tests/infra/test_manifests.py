@@ -10,6 +10,7 @@ import pytest
 import yaml
 from ray.scripts.scripts import start as ray_start
 
+from pipelines import logs
 from pipelines.config import RerankConfig
 from pipelines.retrain_config import RetrainConfig
 from pipelines.train_config import TrainConfig
@@ -304,6 +305,13 @@ def test_stopping_takes_longer_than_draining(manifest):
     for pod, spec in pod_specs(manifest).items():
         if pod != "submitter":
             assert spec["terminationGracePeriodSeconds"] > int(environment["RAY_JOB_STOP_WAIT_TIME_S"])
+
+
+@every(RAY_JOBS)
+def test_a_job_and_its_workers_log_in_json(manifest):
+    """A job's environment is that of its driver and of all its workers."""
+    environment = yaml.safe_load(ray_job_spec(manifest)["runtimeEnvYAML"])["env_vars"]
+    assert environment[logs.VARIABLE] == "json"
 
 
 @every(RAY_JOBS)

@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from crossenc.errors import InputError, RunConflictError
+from pipelines import logs
 from pipelines.config import RerankConfig
 from pipelines.mine import Outcome, mine
 from pipelines.mine_config import MineConfig
@@ -370,11 +371,21 @@ def test_a_foreign_file_under_a_part_s_name_is_never_overwritten(collection, tmp
 
 
 @pytest.mark.parametrize("layout", ["ids", "shuffled"])
-def test_several_processes_write_the_bytes_of_one(collection, tmp_path, layout):
+def test_several_processes_write_the_bytes_of_one_and_a_line_for_each_unit(collection, tmp_path, layout, capfd):
     settings = {"qrels": write_qrels(collection), **collection.write(layout), "shard_candidates": 10}
     run(tmp_path / "one", **settings)
-    outcome = run(tmp_path / "two", **settings, workers=2)
+    before = logs.current()
+    logs.begin(logs.Logs(is_json=True))
+    try:
+        outcome = run(tmp_path / "two", **settings, workers=2)
+    finally:
+        logs.begin(before)
     assert outcome.state == "done"
+    lines = [json.loads(line) for line in capfd.readouterr().err.splitlines() if line.startswith("{")]
+    fingerprint = json.loads((tmp_path / "two" / "_manifest.json").read_text())["fingerprint"]
+    assert {line["run"] for line in lines} == {fingerprint[:12]}
+    records = (tmp_path / "two" / "_run" / "records").glob("[!.]*.json")
+    assert sorted(line["shard"] for line in lines) == sorted(path.stem for path in records)
     assert written(tmp_path / "one") == written(tmp_path / "two")
 
 
