@@ -148,7 +148,7 @@ class CheckpointModel:
                 max_batch_tokens=self.max_batch_tokens,
                 compiles=self.compiles,
             )
-            engine = replace(engine, on_out_of_memory=metrics.out_of_memory)
+        engine = replace(engine, on_out_of_memory=metrics.out_of_memory)
         if self.activation == "identity":
             engine = engine.with_limits(torch.nn.Identity(), None)
         check_canary(engine, tokenizer, self.name)

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,15 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from crossenc import CrossEncoder
+from crossenc.engine import Engine
 from crossenc.errors import CheckpointError
 from crossenc.testing import tiny_checkpoint
 from jobs.cli import app
+from pipelines import metrics
 from pipelines.config import RerankConfig
+from pipelines.model import CheckpointModel
 from pipelines.rerank import rerank, resolve
+from tests.crossenc.test_engine import RunsOutOfMemory
 from tests.support.collections import make_collection, read_results
 
 RUNNER = CliRunner()
@@ -123,6 +128,18 @@ def test_a_rerank_job_of_two_shards_scores_with_the_file_as_torch_does(workplace
     np.testing.assert_allclose(results.score, scores, rtol=0, atol=1e-5)
     with_torch = config.model_copy(update={"scoring": config.scoring.model_copy(update={"backend": "torch"})})
     assert resolve(with_torch).parts != resolve(config).parts
+
+
+def test_a_batch_that_a_files_session_has_no_memory_for_is_counted(workplace, monkeypatch):
+    counted = []
+    monkeypatch.setattr(metrics, "count", lambda name: counted.append(name))
+    model = CheckpointModel(source=str(workplace / "exported"), backend="onnx")
+    pairs = model.load_tokenizer().encode(["water"] * 4, ["the water of the river"] * 4)
+    scorer = model.load_scorer(1)
+    assert isinstance(scorer, Engine) and counted == []
+    network = RunsOutOfMemory(scorer.network, num_tokens=2 * int(pairs.lengths[0]))
+    replace(scorer, network=network).score(pairs)
+    assert counted == ["crossenc_out_of_memory_total"]
 
 
 def test_a_rerank_job_without_its_onnx_file_does_not_start(workplace, tmp_path):
