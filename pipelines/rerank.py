@@ -22,6 +22,7 @@ from pipelines.model import Model, choose, from_config, registered_part
 from pipelines.plan import RUN_FOLDER, Plan
 from pipelines.prepare import ReadSettings, pass_through_fields
 from pipelines.progress import Progress, announce
+from pipelines.quiet import Quiet
 from pipelines.rank import RankSettings
 from pipelines.records import Agreement, ShardCounts, ShardRecord
 from pipelines.stages import Item, RunContext, bucket_id, raise_failure
@@ -176,28 +177,6 @@ class _Stopped(Exception):
     """Leaves the loop over shards when the run is to end early."""
 
 
-class _Quiet:
-    """Notices when no shard has come back for long, and says what the cluster may be waiting for."""
-
-    def __init__(self, describe_shortage: Callable[[], str]) -> None:
-        self._describe_shortage = describe_shortage
-        self.end()
-
-    def end(self) -> None:
-        self._since = time.monotonic()
-        self._next_seconds = _QUIET_SECONDS
-
-    def complaint(self) -> str:
-        """A sentence after _QUIET_SECONDS of silence, and again each time the silence has doubled; else nothing."""
-        seconds = time.monotonic() - self._since
-        if seconds < self._next_seconds:
-            return ""
-        self._next_seconds *= 2
-        shortage = self._describe_shortage()
-        remedy = "add a node, or stop the run and resume it with fewer scoring.actors"
-        return f"no shard has finished for {seconds:,.0f} s" + (f": {shortage}; {remedy}" if shortage else "")
-
-
 class _Run:
     """One process's attempt at a run: what it has seen so far, and how it talks to people and to the cluster."""
 
@@ -331,18 +310,22 @@ class _Run:
         begun: set[str] | None = None  # set once stopping: the shards that are still to come back
         seen: set[str] = set()
         deadline = 0.0
-        quiet = _Quiet(lambda: execute.describe_shortage(execute.needs(config, cores)))
+        quiet = Quiet(
+            "shard has finished",
+            "add a node, or stop the run and resume it with fewer scoring.actors",
+            lambda: execute.describe_shortage(execute.needs(config, cores)),
+            _QUIET_SECONDS,
+        )
         with contextlib.closing(execute.run(todo, cluster, config, cpus_per_actor)) as results:
             for result in results:
                 metrics.remaining(run, len(todo) - len(seen))
                 if result is not None:
-                    quiet.end()
                     seen.add(result.shard_id)
                     if result.kind == "failure":
                         raise_failure(result.message)
                     if result.record is not None:
                         yield result.record
-                elif complaint := quiet.complaint():
+                if complaint := quiet.complaint(len(seen)):
                     self.say(complaint)
                 if begun is None and (self._lost or self._should_stop()):
                     begun = cluster.stop()

@@ -30,10 +30,12 @@ from crossenc.losses.objective import check_num_labels
 from pipelines import checkpoints, lease, logs, metrics, train_board, train_finish
 from pipelines import plan as plans
 from pipelines.checkpoints import CHECKPOINT_FOLDER, TRAIN_STATE_FILE
+from pipelines.execute import describe_shortage
 from pipelines.finish import MANIFEST_FILE, REPORT_FILE, SUCCESS_FILE
 from pipelines.model import CheckpointModel, choose, registered_part
 from pipelines.plan import RUN_FOLDER
 from pipelines.progress import announce
+from pipelines.quiet import Quiet
 from pipelines.storage import (
     Location,
     check_apart,
@@ -67,6 +69,8 @@ from pipelines.train_worker import FAILED_BATCH_FOLDER, TrainTask, train_worker
 DATA_FOLDER = f"{RUN_FOLDER}/data"
 _FOLDERS = (CHECKPOINT_FOLDER, train_finish.MODEL_FOLDER, train_finish.EVENTS_FOLDER, FAILED_BATCH_FOLDER, RUN_FOLDER)
 _POLL_SECONDS = 0.5
+#: Silence that people should hear about.
+_QUIET_SECONDS = 120.0
 
 State = Literal["done", "already done", "stopped"]
 
@@ -143,8 +147,11 @@ def _in_words(data: LabelledData, config: TrainConfig) -> str:
 
 def needs(config: TrainConfig, cores: int) -> dict[str, float]:
     """The CPUs and GPUs that the workers hold together."""
-    workers = config.workers
-    return {"CPU": workers.count * worker_cpus(config, cores)[0], "GPU": workers.count * workers.gpus}
+    return _needs_of(config.workers.count, config, cores)
+
+
+def _needs_of(num_workers: int, config: TrainConfig, cores: int) -> dict[str, float]:
+    return {"CPU": num_workers * worker_cpus(config, cores)[0], "GPU": num_workers * config.workers.gpus}
 
 
 def worker_cpus(config: TrainConfig, cores: int) -> tuple[float, int]:
@@ -185,14 +192,18 @@ def train(
     display = TrainProgress(stream)
     lost: list[str] = []
 
-    def is_over() -> bool:
-        return bool(lost) or should_stop()
-
     with lease.hold(job.output, display.snapshot, lost.append, display.say), contextlib.ExitStack() as stack:
         if new_run:
             remove_run(job.output)
         started = _begin(job)
         cores = connect()
+        quiet = _quiet(config, cores)
+
+        def is_over() -> bool:  # asked every moment
+            if complaint := quiet.complaint(display.place):
+                display.say(complaint)
+            return bool(lost) or should_stop()
+
         with display:
             try:
                 run = _prepared(job, started, display, is_over)
@@ -293,6 +304,16 @@ def _prepared(job: TrainJob, started: float, display: TrainProgress, should_stop
         warnings=tuple(problems),
         parts=job.parts,
         started=started,
+    )
+
+
+def _quiet(config: TrainConfig, cores: int) -> Quiet:
+    fewest = config.workers.min_count or config.workers.count
+    return Quiet(
+        "part of the data was prepared and no step taken",
+        "add a node, or stop the run and resume it with fewer workers, or with less for each",
+        lambda: describe_shortage(_needs_of(fewest, config, cores)),
+        _QUIET_SECONDS,
     )
 
 

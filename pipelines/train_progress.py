@@ -105,6 +105,11 @@ class TrainProgress:
             "eta_seconds": round(left * seconds / done, 1) if done and seconds else None,
         }
 
+    @property
+    def place(self) -> tuple[str, int]:
+        """How far the run is: what it is at, and the parts or steps of it that are done."""
+        return self._phase, self._done
+
     def _show(self, text: str) -> None:
         if self._bar is not None:
             task = self._bar.task_ids[0]

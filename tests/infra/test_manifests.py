@@ -333,10 +333,9 @@ def test_the_entrypoint_is_a_module_that_reads_the_mounted_job_file(manifest):
         pytest.skip(f"{words[2]} is not in this tree")
 
 
-@pytest.mark.parametrize("path", sorted(KUBERAY.rglob("rerank.yaml")), ids=lambda p: str(p.relative_to(KUBERAY)))
-def test_a_rerank_job_file_is_valid_and_its_actors_fit_the_largest_cluster(path):
-    config = RerankConfig.model_validate(yaml.safe_load(path.read_text()))
-    (job,) = documents(KUBERAY / "base" / "rerank" / "rayjob.yaml")
+def most_workers(path):
+    """The workers' pods that a job may have whose file lies at `path`, of the base or of an overlay."""
+    (job,) = documents(KUBERAY / "base" / path.stem / "rayjob.yaml")
     (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     most = group["maxReplicas"]
     for place in (path.parent, path.parent.parent / "common"):
@@ -344,6 +343,13 @@ def test_a_rerank_job_file_is_valid_and_its_actors_fit_the_largest_cluster(path)
         for patch in yaml.safe_load(kustomization.read_text()).get("patches", []) if kustomization.exists() else []:
             for operation in yaml.safe_load(patch["patch"]):
                 most = operation["value"] if operation["path"].endswith("/maxReplicas") else most
+    return most
+
+
+@pytest.mark.parametrize("path", sorted(KUBERAY.rglob("rerank.yaml")), ids=lambda p: str(p.relative_to(KUBERAY)))
+def test_a_rerank_job_file_is_valid_and_its_actors_fit_the_largest_cluster(path):
+    config = RerankConfig.model_validate(yaml.safe_load(path.read_text()))
+    most = most_workers(path)
     if config.scoring.gpus_per_actor:
         assert config.scoring.actors * config.scoring.gpus_per_actor == most
     else:
@@ -351,8 +357,12 @@ def test_a_rerank_job_file_is_valid_and_its_actors_fit_the_largest_cluster(path)
 
 
 @pytest.mark.parametrize("path", sorted(KUBERAY.rglob("train.yaml")), ids=lambda p: str(p.relative_to(KUBERAY)))
-def test_a_train_job_file_is_valid(path):
-    TrainConfig.model_validate(yaml.safe_load(path.read_text()))
+def test_a_train_job_file_is_valid_and_its_workers_fit_the_largest_cluster(path):
+    workers = TrainConfig.model_validate(yaml.safe_load(path.read_text())).workers
+    if workers.gpus:
+        assert workers.count * workers.gpus == most_workers(path)
+    else:
+        assert workers.cpus is not None and workers.count <= most_workers(path)
 
 
 @pytest.mark.parametrize("path", sorted(KUBERAY.rglob("retrain.yaml")), ids=lambda p: str(p.relative_to(KUBERAY)))

@@ -8,15 +8,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 from safetensors.torch import load_file
 
 from crossenc import CrossEncoder
 from crossenc.errors import ConfigError, CrossEncError, RunConflictError
 from crossenc.testing import WORDS, tiny_checkpoint
 from jobs import status as status_job
+from pipelines import train as training
+from pipelines.quiet import Quiet
 from pipelines.status import look_at_training
 from pipelines.train import describe, resolve, train
 from pipelines.train_config import TrainConfig
+from pipelines.train_data import StoppedError
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -136,6 +140,34 @@ def test_a_finished_run_is_not_run_again_and_another_one_is_refused(scene, undis
     assert before == {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()}
     with pytest.raises(RunConflictError, match="option learning_rate"):
         run(config(scene, undisturbed, learning_rate=1e-4))
+
+
+def test_a_training_that_gets_no_further_says_what_its_cluster_lacks(scene, tmp_path, monkeypatch):
+    def waits(job, started, display, should_stop):
+        display.prepared(1, 2, "")
+        assert not should_stop()
+        raise StoppedError("stopped")
+
+    monkeypatch.setattr(training, "_prepared", waits)
+    monkeypatch.setattr(training, "_QUIET_SECONDS", 0)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
+    for workers, lacks in (({"count": 3}, True), ({"count": 3, "min_count": 1}, False)):
+        stream, output = io.StringIO(), tmp_path / f"out-{lacks}"
+        train(config(scene, output, workers={"cpus": 1, **workers}), connect=lambda: 2, stream=stream)
+        assert "no part of the data was prepared and no step taken for 0 s" in stream.getvalue()
+        assert ("3 CPUs are needed and Ray has 1; add a node, or" in stream.getvalue()) is lacks
+
+
+def test_silence_is_complained_of_again_when_it_has_doubled_and_progress_ends_it(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr("pipelines.quiet.time.monotonic", lambda: now)
+    silence = Quiet("shard has finished", "add a node", lambda: "1 GPU is needed", 120)
+    told = {}
+    for now in range(1000, 2000, 10):
+        complaint = silence.complaint(progress=now >= 1600)
+        told |= {now: complaint} if complaint else {}
+    assert list(told) == [1120, 1240, 1480, 1720, 1840]
+    assert told[1240] == "no shard has finished for 240 s: 1 GPU is needed; add a node"
 
 
 @pytest.mark.faults

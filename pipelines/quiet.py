@@ -1,0 +1,33 @@
+"""Notices when a job has got no further for long, and says what the cluster may be waiting for. Knows no job."""
+
+import time
+from collections.abc import Callable
+
+
+class Quiet:
+    """A job's silence, counted from now on. `what` has not happened meanwhile, `remedy` is for a cluster that lacks.
+
+    `describe_shortage` says what the cluster lacks, in words, "" where it lacks nothing.
+    """
+
+    def __init__(self, what: str, remedy: str, describe_shortage: Callable[[], str], first_seconds: float) -> None:
+        self._what, self._remedy, self._describe_shortage = what, remedy, describe_shortage
+        self._first_seconds = first_seconds
+        self._progress: object = None
+        self._end()
+
+    def complaint(self, progress: object) -> str:
+        """A sentence after so many seconds of the same `progress`, and each time the silence has doubled; else ""."""
+        if progress != self._progress:
+            self._progress = progress
+            self._end()
+        seconds = time.monotonic() - self._since
+        if seconds < self._next_seconds:
+            return ""
+        self._next_seconds *= 2
+        shortage = self._describe_shortage()
+        return f"no {self._what} for {seconds:,.0f} s" + (f": {shortage}; {self._remedy}" if shortage else "")
+
+    def _end(self) -> None:
+        self._since = time.monotonic()
+        self._next_seconds = self._first_seconds
