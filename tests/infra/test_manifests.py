@@ -4,9 +4,11 @@ import contextlib
 import importlib.util
 import re
 import tomllib
+from pathlib import Path
 
 import jsonschema
 import pytest
+import ray
 import yaml
 from ray.scripts.scripts import start as ray_start
 
@@ -265,6 +267,15 @@ def test_the_head_keeps_off_spot_nodes_and_workers_with_gpus_are_on_them(manifes
         assert {t["key"] for t in pods[pod]["tolerations"]} == {"nvidia.com/gpu", "cloud.google.com/gke-spot"}
         assert pods[pod]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert "nvidia.com/gpu" not in pods["head"]["containers"][0]["resources"]["limits"]
+
+
+@every(RAY_JOBS)
+def test_ray_tells_how_full_the_disk_of_every_node_is(manifest):
+    agent = Path(ray.__file__).parent / "dashboard" / "modules" / "reporter" / "reporter_agent.py"
+    (variable,) = set(re.findall(r'environ.get\("(\w+_DISK_USAGE)"\) == "1"', agent.read_text()))
+    for pod, spec in pod_specs(manifest).items():
+        if pod != "submitter":
+            assert {"name": variable, "value": "1"} in spec["containers"][0]["env"]
 
 
 @every(RAY_JOBS)
