@@ -10,12 +10,14 @@ import jsonschema
 import pytest
 import ray.autoscaler
 import yaml
+from ray.autoscaler.tags import TAG_RAY_CLUSTER_NAME
 
 from tests.infra.manifests import INFRA, KUBERAY, documents, fields, with_typo
 
 CLUSTERS = sorted((INFRA / "clusters").glob("*.yaml"))
 SCHEMA = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
 STORAGE = {path.stem: json.loads(path.read_text()) for path in (INFRA / "storage").glob("*.json")}
+AWS = {path.stem: json.loads(path.read_text()) for path in (INFRA / "clusters").glob("*.json")}
 clusters = pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.stem)
 
 
@@ -81,6 +83,28 @@ def test_on_aws_ray_makes_no_security_group_of_its_own_which_would_open_ssh_to_t
         assert kind["node_config"]["MetadataOptions"] == {"HttpTokens": "required"}
 
 
+def test_on_aws_the_head_may_give_scorers_their_role_and_start_and_end_machines_of_its_cluster_alone(moto, s3_env):
+    cluster = load(INFRA / "clusters" / "aws.yaml")
+    types = cluster["available_node_types"]
+    profiles = {name: kind["node_config"]["IamInstanceProfile"]["Name"] for name, kind in types.items()}
+    assert len({*profiles.values()}) == 2
+    rights = {statement["Sid"]: statement for statement in AWS["aws-head-policy"]["Statement"]}
+    assert rights["GiveThemTheirRole"]["Resource"].endswith(f":role/{profiles['scorer']}")
+    ended = rights["NameAndEndThoseOfThisCluster"]
+    assert "ec2:TerminateInstances" in ended["Action"]
+    assert ended["Condition"] == {"StringEquals": {f"ec2:ResourceTag/{TAG_RAY_CLUSTER_NAME}": cluster["cluster_name"]}}
+    regions = set(re.findall(r"eu-[a-z]+-\d", json.dumps(AWS["aws-head-policy"])))
+    assert regions == {cluster["provider"]["region"]} and not cluster["provider"]["cache_stopped_nodes"]
+    iam = boto3.client("iam", endpoint_url=s3_env["AWS_ENDPOINT_URL"])
+    iam.create_role(RoleName=profiles["head"], AssumeRolePolicyDocument=json.dumps(AWS["aws-trust"]))
+    iam.put_role_policy(
+        RoleName=profiles["head"], PolicyName="scorers", PolicyDocument=json.dumps(AWS["aws-head-policy"])
+    )
+    readme = (INFRA / "README.md").read_text()
+    for name in profiles.values():
+        assert f"add-role-to-instance-profile --instance-profile-name {name} --role-name {name}" in readme
+
+
 # Storage
 
 
@@ -101,7 +125,19 @@ def test_s3_takes_the_lifecycle_rules(s3, s3_bucket):
 
 def test_only_outputs_expire_and_unfinished_uploads_go_everywhere():
     rules = STORAGE["lifecycle"]["Rules"]
-    assert {rule["Filter"]["Prefix"] for rule in rules if "Expiration" in rule} == {"reranked/"}
+    expiring = [rule["Filter"].get("And", rule["Filter"]) for rule in rules if "Expiration" in rule]
+    assert {place["Prefix"]: place.get("ObjectSizeGreaterThan") for place in expiring} == {
+        "reranked/": None,
+        "trained/": None,
+        "retrained/": 2**20,  # what a retraining is known by is smaller
+    }
+    bucket = "s3://search/"
+    for path in KUBERAY.glob("overlays/gpu-prod/*/*.yaml"):
+        if path.name != "kustomization.yaml":
+            job = yaml.safe_load(path.read_text())
+            assert any(job["output"].startswith(bucket + place["Prefix"]) for place in expiring), path
+            kept = [job.get("registry"), job.get("model"), job.get("base")]
+            assert all(uri.startswith(f"{bucket}models/") for uri in kept if uri)
     assert [rule["Filter"]["Prefix"] for rule in rules if "AbortIncompleteMultipartUpload" in rule] == [""]
 
 
@@ -129,12 +165,15 @@ def test_the_role_may_do_what_a_run_does_and_no_more():
     assert {resource for resource, actions in allowed.items() if "s3:PutObject" in actions} == {
         "arn:aws:s3:::search/models/*",
         "arn:aws:s3:::search/reranked/*",
+        "arn:aws:s3:::search/retrained/*",
+        "arn:aws:s3:::search/trained/*",
     }
-    for path in (
-        KUBERAY / "overlays" / "gpu-prod" / "rerank" / "rerank.yaml",
-        KUBERAY / "base" / "train" / "train.yaml",
-        KUBERAY / "base" / "retrain" / "retrain.yaml",
-    ):
+    assert all("s3:AbortMultipartUpload" in actions for actions in allowed.values() if "s3:PutObject" in actions)
+    listed = STORAGE["role-policy"]["Statement"][0]["Condition"]["StringLikeIfExists"]["s3:prefix"]
+    assert {f"arn:aws:s3:::search/{prefix}" for prefix in listed} == {*allowed} - {"arn:aws:s3:::search"}
+    files = [KUBERAY / "overlays" / "gpu-prod" / job / f"{job}.yaml" for job in ("rerank", "train", "retrain")]
+    files += [KUBERAY / "base" / job / f"{job}.yaml" for job in ("train", "retrain")]
+    for path in files:
         for key, uri in yaml.safe_load(path.read_text()).items():
             if str(uri).startswith("s3://"):
                 place = "arn:aws:s3:::" + uri.removeprefix("s3://")
