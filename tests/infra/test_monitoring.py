@@ -84,6 +84,8 @@ def test_the_pod_monitor_reads_the_ports_that_pods_have():
     }
     asked = {endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]}
     assert {port for port in ports if "metrics" in port} == asked
+    spaces = {yaml.safe_load(path.read_text())["namespace"] for path in KUBERAY.glob("overlays/*/rerank/*tion.yaml")}
+    assert {*monitor["spec"]["namespaceSelector"]["matchNames"]} == spaces
     labels = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["metadata"]["labels"]
     assert monitor["spec"]["selector"]["matchLabels"].items() <= labels.items()
 

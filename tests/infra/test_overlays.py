@@ -104,6 +104,28 @@ def test_development_needs_no_gpu_and_no_spot_node_and_takes_keys_by_reference(j
     assert pods["head"]["containers"][0]["envFrom"] == [{"secretRef": {"name": "crossenc-s3"}}]
 
 
+def test_development_reaches_a_store_beside_the_cluster_and_production_none():
+    opened = {}
+    for overlay in ("cpu-dev", "gpu-prod"):
+        policies = [m for m in render(Path() / "overlays" / overlay / "platform") if m["kind"] == "NetworkPolicy"]
+        (policy,) = [policy for policy in policies if policy["metadata"]["name"] == "crossenc-ray"]
+        outside = [
+            rule for rule in policy["spec"]["egress"] if rule["to"][0].get("ipBlock", {}).get("cidr") == "0.0.0.0/0"
+        ]
+        opened[overlay] = [port["port"] for rule in outside for port in rule["ports"]]
+    assert opened == {"cpu-dev": [443, 9000], "gpu-prod": [443]}
+
+
+@pytest.mark.parametrize("job", ["rerank", "train", "retrain"])
+def test_production_has_a_job_file_of_its_own(job):
+    (own,) = [
+        manifest["data"][f"{job}.yaml"]
+        for manifest in render(Path() / "overlays" / "gpu-prod" / job)
+        if manifest["kind"] == "ConfigMap" and manifest["metadata"]["name"] == f"crossenc-{job}-job"
+    ]
+    assert own == (KUBERAY / "overlays" / "gpu-prod" / job / f"{job}.yaml").read_text()
+
+
 def test_the_ray_cron_job_sleeps_beside_the_cron_job_and_is_awake_alone():
     asleep = {}
     for folder in ("retrain", "retrain-cron"):
