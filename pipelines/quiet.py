@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 
 class Quiet:
-    """A job's silence, counted from now on. `what` has not happened meanwhile, `remedy` is for a cluster that lacks.
+    """A job's silence, counted from now on. `what` begins the complaint, `remedy` ends that of a lack.
 
     `describe_shortage` says what the cluster lacks, in words, "" where it lacks nothing.
     """
@@ -26,7 +26,7 @@ class Quiet:
             return ""
         self._next_seconds *= 2
         shortage = self._describe_shortage()
-        return f"no {self._what} for {seconds:,.0f} s" + (f": {shortage}; {self._remedy}" if shortage else "")
+        return f"{self._what} {seconds:,.0f} s" + (f": {shortage}; {self._remedy}" if shortage else "")
 
     def _end(self) -> None:
         self._since = time.monotonic()

@@ -311,7 +311,7 @@ class _Run:
         seen: set[str] = set()
         deadline = 0.0
         quiet = Quiet(
-            "shard has finished",
+            "no shard has finished for",
             "add a node, or stop the run and resume it with fewer scoring.actors",
             lambda: execute.describe_shortage(execute.needs(config, cores)),
             _QUIET_SECONDS,

@@ -310,7 +310,7 @@ def _prepared(job: TrainJob, started: float, display: TrainProgress, should_stop
 def _quiet(config: TrainConfig, cores: int) -> Quiet:
     fewest = config.workers.min_count or config.workers.count
     return Quiet(
-        "part of the data was prepared and no step taken",
+        "no part of the data was prepared and no step taken for",
         "add a node, or stop the run and resume it with fewer workers, or with less for each",
         lambda: describe_shortage(_needs_of(fewest, config, cores)),
         _QUIET_SECONDS,
