@@ -1,5 +1,9 @@
 """infra/README.md is true: figures are the code's, messages exist, commands run or name what is there."""
 
+import base64
+import io
+import json
+import os
 import re
 import shlex
 import shutil
@@ -8,6 +12,7 @@ import tomllib
 from pathlib import Path
 
 import boto3
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
@@ -15,10 +20,12 @@ from crossenc.testing import tiny_checkpoint
 from jobs.cli import app
 from pipelines.estimate import projection
 from pipelines.plan import default_shard_candidates
-from tests.infra.manifests import INFRA, ROOT
+from pipelines.retrain import retrain
+from tests.infra.manifests import INFRA, ROOT, all_manifests
 from tests.pipelines.test_rerank import run as rerank
 from tests.support.collections import make_collection
 from tests.support.ray_head import ray_head
+from tests.support.retraining import quick_world
 
 README = (INFRA / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
@@ -30,7 +37,7 @@ SUBMITTING = [
     if "crossenc submit" in block
     for line in block.splitlines()
 ]
-KINDS = ("docker", "helm", "aws", "kubectl", "ray", "export", "crossenc")
+KINDS = ("docker", "helm", "aws", "kubectl", "ray", "export", "crossenc", "until")
 
 
 def table(heading):
@@ -108,20 +115,59 @@ def test_every_folder_of_infra_is_explained_and_every_overlay_is_used():
 
 
 @pytest.fixture(scope="module")
-def search(moto, tmp_path_factory, ray_cluster):
-    """The bucket `search` as the runbook assumes it, with a finished run."""
+def bucket(moto):
+    """The bucket `search`, empty."""
+    client = boto3.client("s3", endpoint_url=moto.env["AWS_ENDPOINT_URL"], **credentials(moto.env))
+    client.create_bucket(Bucket="search")
+    return client
+
+
+def upload(client, folder, prefix):
+    for path in folder.rglob("*"):
+        if path.is_file():
+            client.upload_file(str(path), "search", f"{prefix}/{path.relative_to(folder)}")
+
+
+@pytest.fixture(scope="module")
+def search(bucket, tmp_path_factory, ray_cluster):
+    """The bucket as the runbook assumes it for reranking, with a finished run."""
     folder = tmp_path_factory.mktemp("search")
     tiny_checkpoint(folder / "model", max_length=512)
     make_collection(folder / "in", num_queries=5).pairs.to_parquet(folder / "candidates.parquet", index=False)
     rerank(folder / "out", candidates=str(folder / "candidates.parquet"))
-    client = boto3.client("s3", endpoint_url=moto.env["AWS_ENDPOINT_URL"], **credentials(moto.env))
-    client.create_bucket(Bucket="search")
-    client.upload_file(str(folder / "candidates.parquet"), "search", "candidates/2026-11-20/candidates.parquet")
-    for name, prefix in (("model", "models/reranker/2026-w46"), ("out", "reranked/2026-11-20")):
-        for path in (folder / name).rglob("*"):
-            if path.is_file():
-                client.upload_file(str(path), "search", f"{prefix}/{path.relative_to(folder / name)}")
-    return client
+    bucket.upload_file(str(folder / "candidates.parquet"), "search", "candidates/2026-11-20/candidates.parquet")
+    upload(bucket, folder / "model", "models/reranker/2026-w46")
+    upload(bucket, folder / "out", "reranked/2026-11-20")
+    return bucket
+
+
+@pytest.fixture(scope="module")
+def learned(bucket, tmp_path_factory):
+    """The bucket as the runbook assumes it for training and retraining, with a trained model and a retraining."""
+    with pytest.MonkeyPatch.context() as patch:
+        world = quick_world(tmp_path_factory.mktemp("learned"), patch)
+        world.week(1)
+        outcome = retrain(world.config(), connect=lambda: 1, stream=io.StringIO())
+    assert outcome.folder is not None
+    # What the stand-in for training leaves out of its manifest.
+    place = Path(outcome.folder.path) / "trained" / "_manifest.json"
+    told = {"files": [], "depends_on": {}, "result": {"measure": "nDCG@10", "value": 0.5, "before": 0.4}}
+    place.write_text(json.dumps(json.loads(place.read_text()) | told))
+    for source, prefix in (
+        (world.folder / "base", "models/base"),
+        (world.folder / "labels", "labels/weekly"),
+        (world.folder / "labels", "labels/2026-w47"),
+        (world.folder / "labels", "labels/dev"),
+        (world.folder / "out", "retrained"),
+        (world.folder / "registry", "models/registry"),
+        (Path(outcome.folder.path) / "trained", "trained/2026-w47"),
+    ):
+        upload(bucket, source, prefix)
+    bucket.upload_file(str(world.folder / "fixed.parquet"), "search", "candidates/fixed/fixed.parquet")
+    qrels = pd.read_csv(world.folder / "qrels.txt", sep=" ", names=["query_id", "0", "doc_id", "relevance"])
+    qrels.to_parquet(world.folder / "qrels.parquet", index=False)
+    bucket.upload_file(str(world.folder / "qrels.parquet"), "search", "qrels-fixed.parquet")
+    return bucket
 
 
 def credentials(env):
@@ -133,9 +179,90 @@ def credentials(env):
 
 
 ALONE = {command for command in COMMANDS if command.startswith("crossenc")} - {*SUBMITTING}
+#: Those on training, retraining and the registry, in the runbook's order, and what each of them says.
+LEARNING = {
+    "train": "binary_cross_entropy",
+    "promote": "is the current version of reranker now",
+    "retrain": "none of them new|1 files to train on",
+    "status": "promoted",
+    "models": "labels of week 47",
+    "rollback": "is the current version of reranker now",
+}
+_ON_LEARNING = [
+    command
+    for command in COMMANDS
+    if command in ALONE and ("train" in command or "registry" in command) and "rerank/" not in command
+]
 
 
-@pytest.mark.parametrize("command", sorted(ALONE))
+def test_the_commands_on_training_retraining_and_the_registry_run_as_they_stand(learned, s3_env, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("CROSSENC_CACHE", str(tmp_path))
+    assert [command.split()[1] for command in _ON_LEARNING] == list(LEARNING)
+    for command in _ON_LEARNING:
+        done = CliRunner().invoke(app, shlex.split(command)[1:])
+        assert done.exit_code == 0, f"{command}\n{done.output}"
+        assert re.search(LEARNING[command.split()[1]], done.output), f"{command}\n{done.output}"
+
+
+@pytest.fixture
+def kubectl(tmp_path, monkeypatch):
+    """A stand-in for kubectl: call it with what a line of the answers, one for each call, is to be."""
+
+    def answers(*lines):
+        program = tmp_path / "bin" / "kubectl"
+        program.parent.mkdir()
+        (tmp_path / "answers").write_text("".join(f"{line}\n" for line in lines))
+        take = f'head -n 1 {tmp_path}/answers; sed -i 1d {tmp_path}/answers; echo "$@" >> {tmp_path}/asked'
+        program.write_text(f"#!/bin/sh\n{take}\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+        return lambda command: (
+            subprocess.run(
+                ["bash", "-c", command.replace("sleep 30", "sleep 0")],
+                cwd=tmp_path,
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=True,
+            ).stdout
+        )
+
+    return answers
+
+
+@pytest.mark.parametrize("end", ["Complete SUCCEEDED", "Complete STOPPED", "Failed FAILED", "ValidationFailed "])
+def test_waiting_for_a_job_ends_with_it_however_it_ends(kubectl, end):
+    (command,) = [command for command in COMMANDS if command.startswith("until")]
+    run = kubectl("", "Initializing ", "Running RUNNING", "Retrying ", "Running RUNNING", end)
+    assert run(command) == f"{end}\n"
+
+
+def test_the_token_of_a_cluster_is_written_to_the_file_that_later_commands_read(kubectl, tmp_path):
+    (command,) = [command for command in COMMANDS if "auth_token" in command]
+    run = kubectl("crossenc-rerank-abc", base64.b64encode(b"the token").decode())
+    run(command)
+    assert (tmp_path / "token.txt").read_text() == "the token"
+    assert "get secret crossenc-rerank-abc" in (tmp_path / "asked").read_text().splitlines()[1]
+    assert any("RAY_AUTH_TOKEN_PATH=token.txt" in command for command in COMMANDS)
+
+
+def test_the_gate_that_is_opened_is_that_of_the_operator_which_was_installed():
+    install, upgrade = [shlex.split(command) for command in COMMANDS if re.match("helm (install|upgrade)", command)]
+    for option in ("--version", "--namespace"):
+        assert install[install.index(option) + 1] == upgrade[upgrade.index(option) + 1]
+    assert install[2:4] == upgrade[2:4]
+    name, _, gates = upgrade[upgrade.index("--set-json") + 1].partition("=")
+    assert (name, json.loads(gates)) == ("featureGates", [{"name": "RayCronJob", "enabled": True}])
+
+
+def test_jobs_and_crons_that_commands_name_are_those_of_the_manifests():
+    names = {manifest["metadata"]["name"] for _, manifest in all_manifests()}
+    named = re.findall(r"(?:cronjob/|cronjob |rayjob |job/|cronjob-name=)(crossenc-[a-z-]+)", "\n".join(COMMANDS))
+    assert len(named) >= 8 and {*named} <= names
+
+
+@pytest.mark.parametrize("command", sorted(ALONE - {*_ON_LEARNING}))
 def test_a_command_of_crossenc_runs_as_it_stands(search, s3_env, monkeypatch, tmp_path, command):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("CROSSENC_CACHE", str(tmp_path))
