@@ -187,6 +187,6 @@ def _report(message: str, code: int) -> int:
     if logs.current().is_json:
         logs.write(sys.stderr, {"event": "error", "level": "ERROR", "text": message, "exit_code": code})
     else:
-        lines = [visible(line) for line in redact(message).splitlines()]
+        lines = [visible(line) for line in redact(message, logs.current().options).splitlines()]
         sys.stderr.write("error: " + "\n".join(lines) + "\n")
     return code

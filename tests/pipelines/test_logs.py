@@ -129,6 +129,14 @@ def test_an_error_that_ends_a_job_is_a_line_too_and_an_unknown_format_is_refused
         "text"
     ] == "nothing at ***"
     logs.begin(logs.Logs())
+    monkeypatch.setenv(logs.VARIABLE, "text")
+
+    def fails_at_work(stop):
+        with logs.about("abc", {"secret": SECRET}):
+            raise runtime.InputError(f"nothing at {SECRET}")
+
+    assert runtime.run(fails_at_work) == 2
+    assert capsys.readouterr().err == "error: nothing at ***\n"
     monkeypatch.setenv(logs.VARIABLE, "xml")
     assert runtime.run(fails) == 2
     assert "set it to text or json" in capsys.readouterr().err
