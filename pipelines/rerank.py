@@ -22,9 +22,9 @@ from pipelines.model import Model, choose, from_config, registered_part
 from pipelines.plan import RUN_FOLDER, Plan
 from pipelines.prepare import ReadSettings, pass_through_fields
 from pipelines.progress import Progress, announce
-from pipelines.quiet import Quiet
 from pipelines.rank import RankSettings
 from pipelines.records import Agreement, ShardCounts, ShardRecord
+from pipelines.silence import Silence
 from pipelines.stages import Item, RunContext, bucket_id, raise_failure
 from pipelines.storage import (
     FileInfo,
@@ -310,7 +310,7 @@ class _Run:
         begun: set[str] | None = None  # set once stopping: the shards that are still to come back
         seen: set[str] = set()
         deadline = 0.0
-        quiet = Quiet(
+        quiet = Silence(
             "no shard has finished for",
             "add a node, or stop the run and resume it with fewer scoring.actors",
             lambda: execute.describe_shortage(execute.needs(config, cores)),

@@ -35,7 +35,7 @@ from pipelines.finish import MANIFEST_FILE, REPORT_FILE, SUCCESS_FILE
 from pipelines.model import CheckpointModel, choose, registered_part
 from pipelines.plan import RUN_FOLDER
 from pipelines.progress import announce
-from pipelines.quiet import Quiet
+from pipelines.silence import Silence
 from pipelines.storage import (
     Location,
     check_apart,
@@ -307,9 +307,9 @@ def _prepared(job: TrainJob, started: float, display: TrainProgress, should_stop
     )
 
 
-def _quiet(config: TrainConfig, cores: int) -> Quiet:
+def _quiet(config: TrainConfig, cores: int) -> Silence:
     fewest = config.workers.min_count or config.workers.count
-    return Quiet(
+    return Silence(
         "no part of the data was prepared and no step taken for",
         "add a node, or stop the run and resume it with fewer workers, or with less for each",
         lambda: describe_shortage(_needs_of(fewest, config, cores)),

@@ -16,7 +16,7 @@ from crossenc.errors import ConfigError, CrossEncError, RunConflictError
 from crossenc.testing import WORDS, tiny_checkpoint
 from jobs import status as status_job
 from pipelines import train as training
-from pipelines.quiet import Quiet
+from pipelines.silence import Silence
 from pipelines.status import look_at_training
 from pipelines.train import describe, resolve, train
 from pipelines.train_config import TrainConfig
@@ -161,7 +161,7 @@ def test_a_training_that_gets_no_further_says_what_its_cluster_lacks(scene, tmp_
 def test_silence_is_complained_of_again_when_it_has_doubled_and_progress_ends_it(monkeypatch):
     now = 1000.0
     monkeypatch.setattr("pipelines.quiet.time.monotonic", lambda: now)
-    silence = Quiet("no shard has finished for", "add a node", lambda: "1 GPU is needed", 120)
+    silence = Silence("no shard has finished for", "add a node", lambda: "1 GPU is needed", 120)
     told = {}
     for now in range(1000, 2000, 10):
         complaint = silence.complaint(progress=now >= 1600)

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 
 
-class Quiet:
+class Silence:
     """A job's silence, counted from now on. `what` begins the complaint, `remedy` ends that of a lack.
 
     `describe_shortage` says what the cluster lacks, in words, "" where it lacks nothing.
