@@ -3,6 +3,7 @@
 import io
 import time
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -52,13 +53,13 @@ def weights(world: World, folder: str = "registry") -> dict:
     return load_file(world.folder / folder / f"reranker/versions/{entry.version}/model/model.safetensors")
 
 
-def killed_until_done(starter: Drivers, job: str, output: Path, waits: Iterator[float]) -> list[str]:
-    """Runs the job again and again, killed after each of the waits, until it ends well; what it was about to do."""
-    at = []
-    for wait in waits:
+def killed_until_done(starter: Drivers, job: str, output: Path, waits: Iterator[float], most: int) -> list[str]:
+    """Runs the job until it ends well, killed after each of the waits but `most` times; what it was about to do."""
+    at: list[str] = []
+    while len(at) < most:
         driver = starter.start(job, module="jobs.retrain")
         try:
-            assert driver.wait(wait) == 0, driver.tail()
+            assert driver.wait(next(waits)) == 0, driver.tail()
             return at
         except TimeoutError:
             driver.kill9()
@@ -79,13 +80,14 @@ def test_killed_at_ten_random_moments_it_ends_with_one_promotion_and_the_same_we
     driver = starter.start(quiet, module="jobs.retrain")
     assert driver.wait(300) == 0, driver.tail()
     undisturbed_seconds = time.monotonic() - started
-    waits = iter(np.random.default_rng(6).uniform(0.2, 0.7, size=10) * undisturbed_seconds)
+    random = np.random.default_rng(6)
+    waits = (random.uniform(0.2, 0.7) * undisturbed_seconds for _ in count())
     at: list[str] = []
     while len(at) < 10:
         name = f"after-{len(at)}"
         output = world.folder / f"{name}-out"
         job = write_job(world, name, registry=str(world.folder / name), output=str(output), train=train)
-        at += killed_until_done(starter, job, output, waits)
+        at += killed_until_done(starter, job, output, waits, most=10 - len(at))
         [entry] = history(world, name)
         [(one, ending)] = read_all(locate(str(output)))
         assert entry.key == one.key and ending is not None and ending.state == "promoted"
