@@ -5,6 +5,7 @@ good as the share of its labels that are right; the one for scoring lets it rank
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,7 @@ class World:
             "evaluation": {"collections": [fixed], "measures": ["nDCG@10", "RR@10", "Judged@10"], "depths": [10]},
             "registry": str(self.folder / "registry"),
             "name": "reranker",
-            "base": str(self.folder / "base"),
+            "base": str(self.folder / "backbone"),
             "output": str(self.folder / "out"),
             "train": {"workers": {"cpus": 0.5}, "learning_rate": 5e-3, "epochs": 8, "batch_lists": 4},
             **more,
@@ -80,8 +81,14 @@ class World:
 
 
 def make_world(folder: Path, num_queries: int = 40) -> World:
-    """A fixed set whose first stage has the relevant document last, and a small random model."""
+    """A fixed set whose first stage has the relevant document last, and a small random model.
+
+    `backbone` is the same model, which does not claim that its head is trained: the job starts from that.
+    """
     tiny_checkpoint(folder / "base", max_length=64)
+    shutil.copytree(folder / "base", folder / "backbone")
+    stated = json.loads((folder / "base/config.json").read_text()) | {"architectures": ["BertModel"]}
+    (folder / "backbone/config.json").write_text(json.dumps(stated))
     random = np.random.default_rng(1000)
     rows = []
     for number in range(num_queries):
