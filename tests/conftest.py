@@ -12,7 +12,13 @@ import pytest
 from tests.support.s3 import CephServer, S3Server, ceph_is_installed, ceph_server, moto_server, set_s3_env
 
 _REMOVED_PREFIXES = ("AWS_", "RAY_", "HF_", "HUGGING_FACE_", "CROSSENC_")
-_SET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "RAY_USAGE_STATS_ENABLED": "0"}
+_SET = {
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Two threads of a worker wait for each other: where one is not served, as nice ones are beside tests, both stand.
+    "RAY_worker_niceness": "0",
+}
 
 
 #: Tells, once the shared Ray has been started, whether it still runs.

@@ -160,7 +160,7 @@ def test_a_training_that_gets_no_further_says_what_its_cluster_lacks(scene, tmp_
 
 def test_silence_is_complained_of_again_when_it_has_doubled_and_progress_ends_it(monkeypatch):
     now = 1000.0
-    monkeypatch.setattr("pipelines.quiet.time.monotonic", lambda: now)
+    monkeypatch.setattr("pipelines.silence.time.monotonic", lambda: now)
     silence = Silence("no shard has finished for", "add a node", lambda: "1 GPU is needed", 120)
     told = {}
     for now in range(1000, 2000, 10):
