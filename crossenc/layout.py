@@ -1,7 +1,7 @@
 """What a checkpoint folder says about itself, read without loading a weight or building a model.
 
-classic    transformers' files alone: a sequence classification model, or a causal language model
-modular    modules.json names the parts, each with a folder of its own (sentence-transformers 6)
+    classic    transformers' files alone: a sequence classification model, or a causal language model
+    modular    modules.json names the parts, each with a folder of its own (sentence-transformers 6)
 """
 
 from collections.abc import Mapping
@@ -135,11 +135,12 @@ def claims_head(config: PretrainedConfig) -> bool:
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
 
 
-def gives_scores(folder: str | Path) -> bool:
-    """Whether the checkpoint is a model that scores as it is; a backbone does not before its head is trained."""
+def ranks(folder: str | Path) -> bool:
+    """Whether the checkpoint ranks as it is, by one score a pair; a backbone does not before its head is trained."""
     config = load_config(folder)
     layout = read_layout(folder, config)
-    return bool(layout.parts) or layout.is_causal or claims_head(config)
+    has_head = bool(layout.parts) or layout.is_causal or claims_head(config)
+    return has_head and read_num_labels(folder, layout) == 1
 
 
 def load_config(folder: str | Path, settings: Mapping[str, Any] | None = None) -> PretrainedConfig:

@@ -93,6 +93,9 @@ def prepare() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # A nice worker's threads wait for each other at every step in which one was not served: beside anything else that
+    # runs on the machine, its cores stand idle.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # workers begin, and end, seconds earlier
     # Ray prints, as an error, that Ray Data keeps its own actors' arguments in the object store; see ray #53727.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")

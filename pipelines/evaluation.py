@@ -22,10 +22,8 @@ from pipelines.evaluate import reranked_runs
 from pipelines.evaluation_config import CollectionConfig, EvaluateConfig, SystemConfig
 from pipelines.evaluation_inputs import Judged, Source
 from pipelines.evaluation_output import (
-    EVALUATION_FILE,
+    EVALUATION_FILES,
     FORMAT,
-    LOSSES_FILE,
-    PER_QUERY_FILE,
     RUNS_FOLDER,
     Judgement,
     load,
@@ -42,7 +40,6 @@ from pipelines.rerank import rerank
 from pipelines.storage import Location, check_apart, delete, exists, list_files, locate, probe, put
 
 _FOLDERS = ("collections", "runs", RUNS_FOLDER)
-_FILES = (EVALUATION_FILE, PER_QUERY_FILE, LOSSES_FILE, REPORT_FILE)
 #: A ranking that lacks more of the candidates than this says nothing about depths.
 _MOST_LACKING = 0.01
 
@@ -181,7 +178,7 @@ def evaluate(
 
 def _remove(output: Location) -> None:
     """Deletes everything that evaluations write below `output`, but for the lease."""
-    delete([output / name for name in _FILES])
+    delete([output / name for name in EVALUATION_FILES])
     delete([file.location for folder in _FOLDERS for file in list_files(output / folder)])
 
 

@@ -29,6 +29,8 @@ FORMAT = 1
 EVALUATION_FILE = "evaluation.json"
 PER_QUERY_FILE = "per_query.parquet"
 LOSSES_FILE = "losses.jsonl"
+#: All that an evaluation has found; its other outputs are what it was found from.
+EVALUATION_FILES = (EVALUATION_FILE, PER_QUERY_FILE, LOSSES_FILE, REPORT_FILE)
 RUNS_FOLDER = "trec"
 _TEXT_LENGTH = 280
 _PACKAGES = ("crossenc", "ir_measures", "numpy", "ray", "scipy", "torch", "transformers")

@@ -17,9 +17,8 @@ from pipelines.model import REGISTERED_PART
 from pipelines.registry import MODEL_FOLDER, Version
 from pipelines.storage import Location, exists, locate, put, read_bytes
 
-#: Where a version has the evaluation that judged it, and what is kept of that: no runs of models.
+#: Where a version has what the evaluation that judged it found.
 EVALUATION_FOLDER = "evaluation"
-EVALUATION_FILES = ("evaluation.json", "per_query.parquet", "losses.jsonl", "report.html")
 #: Where a distillation has its training run.
 _STUDENT_FOLDER = "student"
 
@@ -123,6 +122,8 @@ def add(place: Location, name: str, candidate: Candidate, version: str | None = 
 
     The same content again is the same version. Raises as `registry.store_version` does.
     """
+    from pipelines.evaluation_output import EVALUATION_FILES  # here for the reason that `judged` gives
+
     version = version or content_name(candidate.model)
     folders = {MODEL_FOLDER: candidate.model}
     with tempfile.TemporaryDirectory(prefix="crossenc-evaluation-") as temporary:

@@ -40,9 +40,6 @@ from pipelines.storage import (
 )
 from pipelines.texts import TextTable, default_cache, find_table
 
-#: Silence that people should hear about.
-_QUIET_SECONDS = 120.0
-
 State = Literal["done", "already done", "stopped"]
 
 
@@ -310,11 +307,10 @@ class _Run:
         begun: set[str] | None = None  # set once stopping: the shards that are still to come back
         seen: set[str] = set()
         deadline = 0.0
-        quiet = Silence(
+        silence = Silence(
             "no shard has finished for",
             "add a node, or stop the run and resume it with fewer scoring.actors",
             lambda: execute.describe_shortage(execute.needs(config, cores)),
-            _QUIET_SECONDS,
         )
         with contextlib.closing(execute.run(todo, cluster, config, cpus_per_actor)) as results:
             for result in results:
@@ -325,7 +321,7 @@ class _Run:
                         raise_failure(result.message)
                     if result.record is not None:
                         yield result.record
-                if complaint := quiet.complaint(len(seen)):
+                if complaint := silence.complaint(len(seen)):
                     self.say(complaint)
                 if begun is None and (self._lost or self._should_stop()):
                     begun = cluster.stop()

@@ -21,7 +21,7 @@ from typing import Any, Literal, TextIO
 from crossenc.errors import ConfigError, CrossEncError, InputError, RunConflictError, StorageError
 from crossenc.evaluation.gate import Decision, decide
 from crossenc.evaluation.results import FIRST_STAGE, Evaluation
-from crossenc.layout import gives_scores, read_layout, read_num_labels
+from crossenc.layout import ranks
 from crossenc.model import CrossEncoder
 from pipelines import distill as distilling
 from pipelines import evaluation as evaluating
@@ -34,10 +34,10 @@ from pipelines import train as training
 from pipelines.distill import STUDENT_FOLDER
 from pipelines.evaluate import read_qrels
 from pipelines.evaluation_inputs import Source
-from pipelines.evaluation_output import load
+from pipelines.evaluation_output import EVALUATION_FILES, load
 from pipelines.finish import REPORT_FILE
 from pipelines.model import checkpoint
-from pipelines.new_version import EVALUATION_FILES, EVALUATION_FOLDER
+from pipelines.new_version import EVALUATION_FOLDER
 from pipelines.progress import announce
 from pipelines.rankings import Tables
 from pipelines.retrain_config import RetrainConfig
@@ -306,7 +306,7 @@ def _make(job: RetrainJob, known: Sequence[tuple[Retraining, Ending | None]]) ->
         return None
     entry = registry.newest(job.registry, config.name)
     parent = entry.version if entry else None
-    judges_base = parent is None and _base_ranks(config)
+    judges_base = parent is None and ranks(checkpoint(config.base, config.registry, config.storage_options).folder())
     _check_models(job, parent, judges_base)
     fixed = fixed_queries(job.sources, config.max_text_bytes)
     _refuse_leaks(job, fixed)
@@ -324,12 +324,6 @@ def _make(job: RetrainJob, known: Sequence[tuple[Retraining, Ending | None]]) ->
     now = round(time.time(), 3)
     key = records.new_key(now, [job.output.uri, [file.identity for file in chosen], job.parts])
     return Retraining(key, now, parent, entry.number if entry else 0, tuple(chosen), job.parts, num_before, judges_base)
-
-
-def _base_ranks(config: RetrainConfig) -> bool:
-    """Whether the base ranks as it is: a model with a trained head that gives one score."""
-    folder = checkpoint(config.base, config.registry, config.storage_options).folder()
-    return gives_scores(folder) and read_num_labels(folder, read_layout(folder)) == 1
 
 
 def _check_models(job: RetrainJob, parent: str | None, judges_base: bool) -> None:

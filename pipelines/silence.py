@@ -3,6 +3,9 @@
 import time
 from collections.abc import Callable
 
+#: Silence that people should hear about.
+FIRST_SECONDS = 120.0
+
 
 class Silence:
     """A job's silence, counted from now on. `what` begins the complaint, `remedy` ends that of a lack.
@@ -10,14 +13,13 @@ class Silence:
     `describe_shortage` says what the cluster lacks, in words, "" where it lacks nothing.
     """
 
-    def __init__(self, what: str, remedy: str, describe_shortage: Callable[[], str], first_seconds: float) -> None:
+    def __init__(self, what: str, remedy: str, describe_shortage: Callable[[], str]) -> None:
         self._what, self._remedy, self._describe_shortage = what, remedy, describe_shortage
-        self._first_seconds = first_seconds
         self._progress: object = None
         self._end()
 
     def complaint(self, progress: object) -> str:
-        """A sentence after so many seconds of the same `progress`, and each time the silence has doubled; else ""."""
+        """A sentence after FIRST_SECONDS of the same `progress`, and each time the silence has doubled; else ""."""
         if progress != self._progress:
             self._progress = progress
             self._end()
@@ -30,4 +32,4 @@ class Silence:
 
     def _end(self) -> None:
         self._since = time.monotonic()
-        self._next_seconds = self._first_seconds
+        self._next_seconds = FIRST_SECONDS

@@ -69,8 +69,6 @@ from pipelines.train_worker import FAILED_BATCH_FOLDER, TrainTask, train_worker
 DATA_FOLDER = f"{RUN_FOLDER}/data"
 _FOLDERS = (CHECKPOINT_FOLDER, train_finish.MODEL_FOLDER, train_finish.EVENTS_FOLDER, FAILED_BATCH_FOLDER, RUN_FOLDER)
 _POLL_SECONDS = 0.5
-#: Silence that people should hear about.
-_QUIET_SECONDS = 120.0
 
 State = Literal["done", "already done", "stopped"]
 
@@ -197,10 +195,10 @@ def train(
             remove_run(job.output)
         started = _begin(job)
         cores = connect()
-        quiet = _quiet(config, cores)
+        silence = _silence(config, cores)
 
         def is_over() -> bool:  # asked every moment
-            if complaint := quiet.complaint(display.place):
+            if complaint := silence.complaint(display.place):
                 display.say(complaint)
             return bool(lost) or should_stop()
 
@@ -307,13 +305,12 @@ def _prepared(job: TrainJob, started: float, display: TrainProgress, should_stop
     )
 
 
-def _quiet(config: TrainConfig, cores: int) -> Silence:
+def _silence(config: TrainConfig, cores: int) -> Silence:
     fewest = config.workers.min_count or config.workers.count
     return Silence(
         "no part of the data was prepared and no step taken for",
         "add a node, or stop the run and resume it with fewer workers, or with less for each",
         lambda: describe_shortage(_needs_of(fewest, config, cores)),
-        _QUIET_SECONDS,
     )
 
 

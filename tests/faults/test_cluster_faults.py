@@ -194,7 +194,7 @@ def test_shards_larger_together_than_the_object_store_are_held_back_not_lost(sta
 def test_a_cluster_with_too_few_cpus_is_complained_of_and_a_larger_node_lets_it_finish(scene, starter, tmp_path):
     job = scene.job(tmp_path, scoring={"actors": 2, "cpus_per_actor": 2})
     with ray_nodes(tmp_path / "nodes", num_cpus=1) as nodes:
-        driver = starter.start(job, "--constant", "pipelines.rerank._QUIET_SECONDS=3", **nodes.driver_env)
+        driver = starter.start(job, "--constant", "pipelines.silence.FIRST_SECONDS=3", **nodes.driver_env)
         driver.wait_until(lambda: "CPUs are needed and Ray has 2; add a node, or" in messages(driver), 120)
         assert parts(tmp_path / "out") == {}
         nodes.add(num_cpus=6)

@@ -149,7 +149,7 @@ def test_a_training_that_gets_no_further_says_what_its_cluster_lacks(scene, tmp_
         raise StoppedError("stopped")
 
     monkeypatch.setattr(training, "_prepared", waits)
-    monkeypatch.setattr(training, "_QUIET_SECONDS", 0)
+    monkeypatch.setattr("pipelines.silence.FIRST_SECONDS", 0)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
     for workers, lacks in (({"count": 3}, True), ({"count": 3, "min_count": 1}, False)):
         stream, output = io.StringIO(), tmp_path / f"out-{lacks}"
@@ -161,7 +161,7 @@ def test_a_training_that_gets_no_further_says_what_its_cluster_lacks(scene, tmp_
 def test_silence_is_complained_of_again_when_it_has_doubled_and_progress_ends_it(monkeypatch):
     now = 1000.0
     monkeypatch.setattr("pipelines.silence.time.monotonic", lambda: now)
-    silence = Silence("no shard has finished for", "add a node", lambda: "1 GPU is needed", 120)
+    silence = Silence("no shard has finished for", "add a node", lambda: "1 GPU is needed")
     told = {}
     for now in range(1000, 2000, 10):
         complaint = silence.complaint(progress=now >= 1600)
