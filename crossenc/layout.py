@@ -1,7 +1,7 @@
 """What a checkpoint folder says about itself, read without loading a weight or building a model.
 
-    classic    transformers' files alone: a sequence classification model, or a causal language model
-    modular    modules.json names the parts, each with a folder of its own (sentence-transformers 6)
+classic    transformers' files alone: a sequence classification model, or a causal language model
+modular    modules.json names the parts, each with a folder of its own (sentence-transformers 6)
 """
 
 from collections.abc import Mapping

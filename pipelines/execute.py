@@ -20,13 +20,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from crossenc.errors import CrossEncError
 from pipelines import metrics
 from pipelines.config import RerankConfig
+from pipelines.control import RunControl
 from pipelines.stages import (
     Commit,
     ContextRef,
     Item,
     Result,
     RunContext,
-    RunControl,
     ScoreShards,
     Tasks,
     parse_result,

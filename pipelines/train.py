@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, TextIO
 
 import ray
@@ -368,8 +369,8 @@ def _trainer(task: TrainTask, cpus: float, folder: str) -> TorchTrainer:
     workers = task.config.workers
     has_gpus = workers.gpus > 0
     return TorchTrainer(
-        train_worker,
-        train_loop_config={"task": task},
+        # Bound here, not a train_loop_config: Ray's controller would unpickle that, and import torch and more for it.
+        partial(train_worker, task),
         scaling_config=ScalingConfig(
             num_workers=workers.count if workers.min_count is None else (workers.min_count, workers.count),
             use_gpu=has_gpus,

@@ -72,9 +72,8 @@ class TrainTask:
     logs: Logs
 
 
-def train_worker(settings: dict[str, Any]) -> None:
+def train_worker(task: TrainTask) -> None:
     """The function that Ray Train runs in each worker."""
-    task: TrainTask = settings["task"]
     if ray.get(task.board.ending.remote()) is not None:  # an error that starting again does not cure
         return
     begin_logs(task.logs)

@@ -17,8 +17,8 @@ from crossenc.engine import Engine
 from crossenc.testing import tiny_checkpoint
 from pipelines import metrics, train_board
 from pipelines import plan as plans
+from pipelines.control import RunControl
 from pipelines.model import CheckpointModel
-from pipelines.stages import RunControl
 from pipelines.storage import locate
 from pipelines.train import show_news
 from pipelines.train_board import Figures

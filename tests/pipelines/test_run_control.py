@@ -3,7 +3,7 @@
 import pytest
 import ray
 
-from pipelines.stages import CAREFUL_AFTER_STARTS, GIVE_UP_LOADING_AFTER_DEATHS, REFUSE_AFTER_STARTS, RunControl
+from pipelines.control import CAREFUL_AFTER_STARTS, GIVE_UP_LOADING_AFTER_DEATHS, REFUSE_AFTER_STARTS, RunControl
 
 GONE = "0" * 56  # a node that the cluster does not have
 
