@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
+import psutil
 import ray
 
 from crossenc.errors import ConfigError, CrossEncError, InputError, RunConflictError
@@ -125,6 +126,9 @@ def connect(ray_address: str | None, needs: Callable[[int], Mapping[str, float]]
         # CPUs are only counted, not bound: with one to spare, reading and writing find room beside scoring.
         num_cpus = math.ceil(needs(_cores())["CPU"]) + 1
         _start_ray(stop, address="local", num_cpus=max(num_cpus, _cores()), include_dashboard=False, **quiet)
+        for process in psutil.Process().children():
+            if process.name() == "raylet":
+                threading.Thread(target=_outlive, args=(process,), name="raylet", daemon=True).start()
         shortage = execute.describe_shortage(needs(_cores()))
         if shortage:
             raise ConfigError(f"{shortage} on this machine; ask for fewer actors, workers or GPUs")
@@ -138,6 +142,14 @@ def _start_ray(stop: StopSignal, **arguments: Any) -> None:
     """Calls ray.init, which leaves behind a handler of its own for SIGTERM."""
     with _without_log_level_line(), stop.handling_again_after():
         ray.init(**arguments)
+
+
+def _outlive(raylet: psutil.Process) -> None:
+    """Waits for the end of the local Ray. Where that was not asked for, Ray would end this process without a word."""
+    raylet.wait()
+    if ray.is_initialized():
+        _report("Ray ended on this machine, killed or out of memory; run the same command again to go on", FAILED)
+        os._exit(FAILED)
 
 
 @contextlib.contextmanager

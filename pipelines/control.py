@@ -21,6 +21,7 @@ class RunControl:
     """An actor that counts starts without an end, outside the processes that may die of them, and passes on stops.
 
     A start whose node is gone says nothing about the shard or the model: spot nodes are taken back. It does not count.
+    Where this actor's own process is lost, as on a node that is short of memory, another one counts from nothing.
     """
 
     def __init__(self, run: str) -> None:

@@ -54,7 +54,8 @@ class Cluster:
         The actor lives on the driver's node, where it dies no sooner than the run itself: a node of scorers may go.
         """
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        start = ray.remote(num_cpus=0, scheduling_strategy=here)(RunControl).remote
+        options = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": -1, "max_task_retries": -1}
+        start = ray.remote(**options)(RunControl).remote
         control = start(metrics.run_tag(context.commit.fingerprint))
         return cls(ContextRef(ray.put(context)), control)
 

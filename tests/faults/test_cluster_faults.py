@@ -3,6 +3,7 @@
 The pipeline is a process of its own on the head, which takes no work. The oracle is an undisturbed run on a local Ray.
 """
 
+import contextlib
 import json
 import signal
 import time
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from tests.faults.test_driver_kills import messages
@@ -23,7 +25,7 @@ from tests.support.collections import (
     write_job,
 )
 from tests.support.models import NAN
-from tests.support.processes import DriverProcess, wait_for
+from tests.support.processes import DriverProcess, children, wait_for
 from tests.support.ray_nodes import Nodes, WorkerNode, ray_nodes
 from tests.support.rerank_driver import Drivers, drivers, undisturbed
 
@@ -119,6 +121,32 @@ def test_all_scoring_actors_killed_in_turn_cost_nothing(scene, nodes, starter, t
             time.sleep(1)
         scoring_node(nodes)
     assert len(killed) >= 3
+    check(scene, driver, tmp_path)
+
+
+def test_a_slow_scoring_process_holds_up_its_own_shard_alone(scene, nodes, starter, tmp_path):
+    driver = begin(starter, nodes, scene.job(tmp_path))
+    actor = scoring_node(nodes).actors("ScoreShards")[0]
+    actor.suspend()
+    before = len(parts(tmp_path / "out"))
+    driver.wait_until(lambda: len(parts(tmp_path / "out")) >= before + 5, 200)
+    actor.resume()
+    check(scene, driver, tmp_path)
+
+
+def test_a_node_that_stands_still_is_given_up_and_does_no_harm_when_it_comes_back(scene, nodes, starter, tmp_path):
+    driver = begin(starter, nodes, scene.job(tmp_path))
+    node = scoring_node(nodes)
+    frozen = [psutil.Process(node.raylet_pid), *children(node.raylet_pid)]
+    for process in frozen:
+        process.suspend()
+    nodes.workers.remove(node)
+    nodes.add()
+    before = len(parts(tmp_path / "out"))
+    driver.wait_until(lambda: len(parts(tmp_path / "out")) >= before + 5, 200)
+    for process in frozen:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.resume()
     check(scene, driver, tmp_path)
 
 

@@ -23,7 +23,7 @@ from tests.support.collections import (
     write_job,
 )
 from tests.support.models import KILL, NAN, QUIT, RAISE
-from tests.support.processes import DriverProcess, is_running, ray_workers
+from tests.support.processes import DriverProcess, children, is_running, ray_workers
 from tests.support.rerank_driver import Drivers, drivers
 
 pytestmark = pytest.mark.timeout(900)
@@ -95,6 +95,46 @@ def test_actors_that_are_killed_again_and_again_cost_nothing(settings, undisturb
             actor.kill()
     assert len(killed) >= 6
     assert driver.wait(200) == 0, driver.tail()
+    assert part_bytes(tmp_path / "out") == part_bytes(undisturbed)
+
+
+@pytest.mark.faults
+def test_memory_that_something_else_takes_for_a_while_costs_nothing(settings, undisturbed, starter, tmp_path):
+    """Ray ends the run's processes while the machine is short of memory, as this test makes it."""
+    memory = psutil.virtual_memory()
+    short = (memory.total - memory.available + (4 << 30)) / memory.total
+    driver = starter.start(
+        make_job(tmp_path, settings),
+        "--seconds-per-pair",
+        "0.4",
+        RAY_memory_usage_threshold=f"{short:.3f}",
+        RAY_memory_monitor_refresh_ms="100",
+    )
+    driver.wait_until(lambda: len(parts(tmp_path / "out")) >= 2 and bool(scoring_actors(driver)), 200)
+    [actor] = scoring_actors(driver)
+    ballast = np.ones(5 << 27)  # 5 GiB
+    driver.wait_until(lambda: not is_running(actor.pid), 60)
+    del ballast
+    assert len(parts(tmp_path / "out")) < 16
+    assert driver.wait(200) == 0, driver.tail()
+    assert part_bytes(tmp_path / "out") == part_bytes(undisturbed)
+
+
+@pytest.mark.faults
+def test_the_death_of_the_only_node_ends_the_run_with_a_message_and_the_next_one_goes_on(
+    settings, undisturbed, starter, tmp_path
+):
+    job = make_job(tmp_path, settings)
+    driver = starter.start(job, "--seconds-per-pair", "0.1")
+    driver.wait_until(lambda: len(parts(tmp_path / "out")) >= 2, 200)
+    [raylet] = [process for process in children(driver.pid) if process.name() == "raylet"]
+    raylet.kill()
+    assert driver.wait(200) == 1, driver.tail()
+    assert "Ray ended on this machine" in driver.tail()
+    driver.cleanup()
+    before = parts(tmp_path / "out")
+    assert starter.run(job).wait(0) == 0
+    assert {name: parts(tmp_path / "out")[name] for name in before} == before
     assert part_bytes(tmp_path / "out") == part_bytes(undisturbed)
 
 
