@@ -146,7 +146,8 @@ def _gain(gate: Gate, collection: CollectionResult, found: SystemResult, baselin
         half = difference.p_randomisation / 2  # sign flips are symmetric: each side has half of the extreme ones
         p = half if difference.mean > 0 else 1 - half
         holds = p < gate.max_p
-        words = f"one-sided p = {p:.4f} {where}, " + ("below" if holds else "not below") + f" {gate.max_p:g}"
+        shown = f"p = {p:.4f}" if p >= 0.00005 else "p < 0.0001"
+        words = f"one-sided {shown} {where}, " + ("below" if holds else "not below") + f" {gate.max_p:g}"
         yield Check("max_p", holds, words + ("" if holds else ": a model that is no better could look like this"))
 
 

@@ -70,6 +70,8 @@ def test_a_better_model_is_promoted_with_all_figures_as_reasons():
         "nDCG@10 beats the first stage of medquad at every depth, by +0.0400 or more (top 20)",
     )
     assert decision.summary.startswith("promote new over current: nDCG@10 0.5000")
+    by_no_chance = decide(Gate(), evaluation(system("new", 0.53, difference(p=1e-5), depths=points(0.05))), "new")
+    assert by_no_chance.reasons[1].startswith("one-sided p < 0.0001 on")
 
 
 @pytest.mark.parametrize(
