@@ -18,8 +18,8 @@ from tests.support.ray_nodes import Nodes, WorkerNode, ray_nodes
 from tests.support.rerank_driver import Drivers, drivers
 
 pytestmark = [pytest.mark.timeout(1500), pytest.mark.faults]
-#: Long enough for a node to be lost and another one to be taken in while it trains.
-EPOCHS = 60
+#: Long enough for a node to be lost while it trains, and for another one to be taken in as well.
+FEW_EPOCHS, EPOCHS = 20, 60
 
 
 @pytest.fixture
@@ -34,13 +34,13 @@ def starter(tmp_path: Path) -> Iterator[Drivers]:
         yield starter
 
 
-def write_job(folder: Path, name: str, checkpoint_minutes: float = 0, **workers: object) -> str:
+def write_job(folder: Path, name: str, epochs: int, checkpoint_minutes: float = 0, **workers: object) -> str:
     settings = {
         "train": str(folder / "train.parquet"),
         "model": str(folder / "model"),
         "output": str(folder / name),
         "batch_lists": 4,
-        "epochs": EPOCHS,
+        "epochs": epochs,
         "checkpoint_minutes": checkpoint_minutes,
         "dropout": 0.0,  # two workers draw other numbers than one
         "workers": {"cpus": 1, **workers},
@@ -49,15 +49,15 @@ def write_job(folder: Path, name: str, checkpoint_minutes: float = 0, **workers:
     return str(folder / f"{name}.yaml")
 
 
-def start(starter: Drivers, nodes: Nodes, folder: Path, **workers: object) -> DriverProcess:
+def start(starter: Drivers, nodes: Nodes, folder: Path, epochs: int, **workers: object) -> DriverProcess:
     tiny_checkpoint(folder / "model")
     write_lists(folder / "train.parquet", 80)
-    return starter.start(write_job(folder, "out", **workers), module="jobs.train", **nodes.driver_env)
+    return starter.start(write_job(folder, "out", epochs, **workers), module="jobs.train", **nodes.driver_env)
 
 
-def undisturbed_model(starter: Drivers, folder: Path) -> Path:
+def undisturbed_model(starter: Drivers, folder: Path, epochs: int) -> Path:
     """The model of the same training by one worker on a Ray of its own."""
-    driver = starter.start(write_job(folder, "undisturbed", checkpoint_minutes=10), module="jobs.train")
+    driver = starter.start(write_job(folder, "undisturbed", epochs, checkpoint_minutes=10), module="jobs.train")
     assert driver.wait(600) == 0, driver.tail()
     return folder / "undisturbed" / "model"
 
@@ -84,7 +84,7 @@ def training_node(nodes: Nodes) -> WorkerNode:
 def test_training_goes_on_with_fewer_workers_where_a_node_is_lost_and_with_more_when_it_is_back(
     nodes, starter, tmp_path
 ):
-    driver = start(starter, nodes, tmp_path, count=2, min_count=1)
+    driver = start(starter, nodes, tmp_path, EPOCHS, count=2, min_count=1)
     driver.wait_until(lambda: numbers_of_workers(driver) == [2] and last_step(tmp_path) >= 3, 200)
     nodes.remove(nodes.workers[0])
     driver.wait_until(lambda: numbers_of_workers(driver) == [2, 1], 300)
@@ -96,13 +96,13 @@ def test_training_goes_on_with_fewer_workers_where_a_node_is_lost_and_with_more_
     ]
     assert len(went_on) >= 2
     pairs = [(word, f"{word} of the river") for word in WORDS]
-    folders = (tmp_path / "out" / "model", undisturbed_model(starter, tmp_path))
+    folders = (tmp_path / "out" / "model", undisturbed_model(starter, tmp_path, EPOCHS))
     scores = [CrossEncoder(folder, device="cpu").predict(pairs) for folder in folders]
     assert np.abs(scores[0] - scores[1]).max() < 1e-3  # sums over two workers are rounded in another order
 
 
 def test_a_checkpoint_is_stored_before_an_announced_node_is_taken_back(nodes, starter, tmp_path):
-    driver = start(starter, nodes, tmp_path, count=1)
+    driver = start(starter, nodes, tmp_path, FEW_EPOCHS, count=1)
     driver.wait_until(lambda: last_step(tmp_path) >= 3, 200)
     node = training_node(nodes)
     nodes.drain(node, seconds=20)
@@ -116,5 +116,5 @@ def test_a_checkpoint_is_stored_before_an_announced_node_is_taken_back(nodes, st
     assert last_step(tmp_path) >= before
     assert driver.wait(600) == 0, driver.tail()
     weights = [load_file(tmp_path / "out/model/model.safetensors")]
-    weights.append(load_file(undisturbed_model(starter, tmp_path) / "model.safetensors"))
+    weights.append(load_file(undisturbed_model(starter, tmp_path, FEW_EPOCHS) / "model.safetensors"))
     assert largest_difference(*weights) < 1e-5
