@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import yaml
 
@@ -208,7 +209,7 @@ def test_a_stopped_retraining_goes_on_and_promotes_its_model(head, tmp_path):
     training = world.settings()["train"] | {"checkpoint_minutes": 0}
     job = write(tmp_path / "retrain.yaml", world.settings(train=training))
     assert head.submit("retrain", job).returncode == 0
-    wait_for(lambda: bool(list((tmp_path / "out").glob("*/trained/checkpoints/step-*.json"))))
+    wait_for(lambda: bool(list((tmp_path / "out").glob("retrainings/*/trained/checkpoints/step-*.json"))))
     stopped = head.submit("retrain", job, "--stop")
     assert stopped.returncode == 0, stopped.stderr
     assert not list((tmp_path / "registry").rglob("model/config.json"))
@@ -232,6 +233,22 @@ def test_mining_in_several_processes_is_stopped_without_an_error(head, tmp_path)
     assert details(head, submitted_id(first))["status"] == "STOPPED"
     assert not (tmp_path / "out" / "_SUCCESS").exists()
     assert head.submit("mine", job, "--follow").returncode == 0
+
+
+@pytest.mark.faults
+def test_an_evaluation_and_a_distillation_are_submitted_and_followed_to_their_end(head, data, tmp_path):
+    pairs = pd.read_parquet(data.pairs)
+    judged = pairs.groupby("query_id").first().reset_index()[["query_id", "doc_id"]]
+    judged.assign(relevance=1).to_parquet(tmp_path / "qrels.parquet", index=False)
+    collection = {"name": "words", "candidates": data.pairs, "qrels": str(tmp_path / "qrels.parquet")}
+    evaluation = {"collections": [collection], "systems": [data.model], "output": str(tmp_path / "evaluated")}
+    done = head.submit("evaluate", write(tmp_path / "evaluate.yaml", evaluation), "--follow")
+    assert done.returncode == 0 and "nDCG@10" in done.stdout, done.stdout + done.stderr
+    distillation = {"teachers": data.model, "candidates": data.pairs, "output": str(tmp_path / "distilled")}
+    job = write(tmp_path / "distill.yaml", distillation | {"student_layers": 1})
+    done = head.submit("distill", job, "--follow")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "distilled" / "student" / "model" / "model.safetensors").exists()
 
 
 @pytest.mark.faults
