@@ -1,7 +1,7 @@
 """What losing nodes costs. Run: `python -m tests.benchmarks.bench_cluster`.
 
-A rerank job on a cluster of three nodes on this machine: a head without work and two workers with two scoring actors
-each, whose fake scorer takes a realistic time for a pair. Every so often a worker's processes are all killed and a new
+A rerank job on a cluster of three nodes on this machine: a head without work and two workers with a scoring actor each,
+whose fake scorer takes a realistic time for a pair. Every so often a worker's processes are all killed and a new
 node is added; half-way the driver is killed and the job submitted again. It prints whether the results equal, byte for
 byte, those of a run that nobody disturbed, how many shards were begun and scored more than once, and the time. It
 ends with 1 where results differ or more than 15 % of the shards were scored twice.
@@ -24,7 +24,7 @@ from tests.support.processes import DriverProcess
 from tests.support.ray_nodes import Nodes, ray_nodes
 from tests.support.rerank_driver import Drivers, drivers
 
-NUM_ACTORS, NODE_CPUS = 4, 3
+NUM_ACTORS, NODE_CPUS = 2, 2
 MOST_SCORED_AGAIN = 0.15
 
 
@@ -45,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=300_000)
     parser.add_argument("--shard", type=int, default=1_000, help="pairs of a shard")
-    parser.add_argument("--seconds-per-pair", type=float, default=0.0025, help="of one actor: 400 pairs a second")
+    parser.add_argument("--seconds-per-pair", type=float, default=0.00125, help="of one actor: 800 pairs a second")
     parser.add_argument("--every", type=float, default=20, help="seconds from one loss of a node to the next")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:

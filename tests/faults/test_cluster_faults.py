@@ -134,20 +134,26 @@ def test_a_slow_scoring_process_holds_up_its_own_shard_alone(scene, nodes, start
     check(scene, driver, tmp_path)
 
 
-def test_a_node_that_stands_still_is_given_up_and_does_no_harm_when_it_comes_back(scene, nodes, starter, tmp_path):
-    driver = begin(starter, nodes, scene.job(tmp_path))
-    node = scoring_node(nodes)
-    frozen = [psutil.Process(node.raylet_pid), *children(node.raylet_pid)]
-    for process in frozen:
-        process.suspend()
-    nodes.workers.remove(node)
-    nodes.add()
-    before = len(parts(tmp_path / "out"))
-    driver.wait_until(lambda: len(parts(tmp_path / "out")) >= before + 5, 200)
-    for process in frozen:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.resume()
-    check(scene, driver, tmp_path)
+def test_a_node_that_stands_still_is_given_up_and_does_no_harm_when_it_comes_back(
+    scene, starter, tmp_path, monkeypatch
+):
+    """Its connections stay open, so that Ray waits for answers until it has asked for a sign of life: 7 minutes."""
+    monkeypatch.setenv("RAY_grpc_client_keepalive_time_ms", "20000")
+    monkeypatch.setenv("RAY_grpc_client_keepalive_timeout_ms", "5000")
+    with ray_nodes(tmp_path / "nodes") as nodes:
+        driver = begin(starter, nodes, scene.job(tmp_path))
+        node = scoring_node(nodes)
+        frozen = [psutil.Process(node.raylet_pid), *children(node.raylet_pid)]
+        for process in frozen:
+            process.suspend()
+        nodes.workers.remove(node)
+        nodes.add()
+        before = len(parts(tmp_path / "out"))
+        driver.wait_until(lambda: len(parts(tmp_path / "out")) >= before + 5, 300)
+        for process in frozen:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
+        check(scene, driver, tmp_path)
 
 
 def test_a_node_that_is_announced_to_be_taken_back_costs_nothing(scene, nodes, starter, tmp_path):
