@@ -4,19 +4,20 @@ The only module that reads the environment for Ray, and the only one that config
 """
 
 import contextlib
+import io
 import logging
 import math
 import os
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
-import psutil
 import ray
 
 from crossenc.errors import ConfigError, CrossEncError, InputError, RunConflictError
@@ -126,9 +127,6 @@ def connect(ray_address: str | None, needs: Callable[[int], Mapping[str, float]]
         # CPUs are only counted, not bound: with one to spare, reading and writing find room beside scoring.
         num_cpus = math.ceil(needs(_cores())["CPU"]) + 1
         _start_ray(stop, address="local", num_cpus=max(num_cpus, _cores()), include_dashboard=False, **quiet)
-        for process in psutil.Process().children():
-            if process.name() == "raylet":
-                threading.Thread(target=_outlive, args=(process,), name="raylet", daemon=True).start()
         shortage = execute.describe_shortage(needs(_cores()))
         if shortage:
             raise ConfigError(f"{shortage} on this machine; ask for fewer actors, workers or GPUs")
@@ -142,14 +140,6 @@ def _start_ray(stop: StopSignal, **arguments: Any) -> None:
     """Calls ray.init, which leaves behind a handler of its own for SIGTERM."""
     with _without_log_level_line(), stop.handling_again_after():
         ray.init(**arguments)
-
-
-def _outlive(raylet: psutil.Process) -> None:
-    """Waits for the end of the local Ray. Where that was not asked for, Ray would end this process without a word."""
-    raylet.wait()
-    if ray.is_initialized():
-        _report("Ray ended on this machine, killed or out of memory; run the same command again to go on", FAILED)
-        os._exit(FAILED)
 
 
 @contextlib.contextmanager
@@ -189,7 +179,8 @@ def run(job: Callable[[StopSignal], int]) -> int:
     try:
         with stop.handling():
             prepare()
-            return job(stop)
+            with _last_words():
+                return job(stop)
     except (InputError, RunConflictError) as error:
         return _report(str(error), BAD_INPUT)
     except CrossEncError as error:
@@ -198,10 +189,31 @@ def run(job: Callable[[StopSignal], int]) -> int:
         return _report("interrupted; run the same command again to resume", RESUMABLE)
 
 
-def _report(message: str, code: int) -> int:
+@contextlib.contextmanager
+def _last_words() -> Iterator[None]:
+    """Where this process is ended within the block, another one says so: the kernel kills without a word, and Ray ends
+    the processes of a cluster that is lost in the same way.
+    """
+    words = io.StringIO()
+    _report(
+        "this process was ended before it could say why: killed, out of memory, or its Ray cluster was lost; run the"
+        " same command again to go on",
+        FAILED,
+        words,
+    )
+    shell = ["sh", "-c", 'read -r ended || printf %s "$1" >&2', "sh", words.getvalue()]
+    with subprocess.Popen(shell, stdin=subprocess.PIPE, start_new_session=True) as witness:
+        try:
+            yield
+        finally:
+            witness.communicate(b"ended\n")
+
+
+def _report(message: str, code: int, stream: TextIO | None = None) -> int:
+    stream = stream or sys.stderr
     if logs.current().is_json:
-        logs.write(sys.stderr, {"event": "error", "level": "ERROR", "text": message, "exit_code": code})
+        logs.write(stream, {"event": "error", "level": "ERROR", "text": message, "exit_code": code})
     else:
         lines = [visible(line) for line in redact(message, logs.current().options).splitlines()]
-        sys.stderr.write("error: " + "\n".join(lines) + "\n")
+        stream.write("error: " + "\n".join(lines) + "\n")
     return code

@@ -200,7 +200,7 @@ def test_the_death_of_the_control_service_ends_the_run_with_a_message_and_anothe
         driver = begin(starter, nodes, job)
         nodes.kill_gcs()
         assert driver.wait(300) == 1, driver.tail()
-        assert "run the same command again" in driver.tail()
+        wait_for(lambda: "run the same command again" in driver.tail(), 10, "the last words")
         driver.cleanup()
     before = parts(tmp_path / "out")
     with ray_nodes(tmp_path / "second") as nodes:

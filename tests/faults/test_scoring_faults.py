@@ -23,7 +23,7 @@ from tests.support.collections import (
     write_job,
 )
 from tests.support.models import KILL, NAN, QUIT, RAISE
-from tests.support.processes import DriverProcess, children, is_running, ray_workers
+from tests.support.processes import DriverProcess, children, is_running, ray_workers, wait_for
 from tests.support.rerank_driver import Drivers, drivers
 
 pytestmark = pytest.mark.timeout(900)
@@ -130,7 +130,7 @@ def test_the_death_of_the_only_node_ends_the_run_with_a_message_and_the_next_one
     [raylet] = [process for process in children(driver.pid) if process.name() == "raylet"]
     raylet.kill()
     assert driver.wait(200) == 1, driver.tail()
-    assert "Ray ended on this machine" in driver.tail()
+    wait_for(lambda: "run the same command again" in driver.tail(), 10, "the last words")
     driver.cleanup()
     before = parts(tmp_path / "out")
     assert starter.run(job).wait(0) == 0
