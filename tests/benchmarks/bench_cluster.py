@@ -24,7 +24,7 @@ from tests.support.processes import DriverProcess
 from tests.support.ray_nodes import Nodes, ray_nodes
 from tests.support.rerank_driver import Drivers, drivers
 
-NUM_ACTORS, NODE_CPUS = 2, 2
+NUM_ACTORS, NODE_CPUS = 2, 3
 MOST_SCORED_AGAIN = 0.15
 
 

@@ -29,6 +29,7 @@ from pipelines.config import RerankConfig
 from pipelines.model import Model
 from pipelines.rerank import rerank
 from pipelines.testing import FakeModel
+from tests.support.models import plain_words
 from tests.support.processes import peak_memory_bytes
 
 DEPTH = 50
@@ -56,7 +57,8 @@ def main() -> None:
 def write_pairs(path: Path, num_pairs: int, num_words: int) -> None:
     """Made-up pairs clustered by query, DEPTH to a query, texts of about `num_words` words from a common pool."""
     rng = np.random.default_rng(0)
-    pool = [" ".join(f"w{w}" for w in rng.integers(0, 20_000, rng.integers(2, 2 * num_words))) for _ in range(20_000)]
+    words = np.array(plain_words(20_000))
+    pool = [" ".join(words[rng.integers(0, len(words), rng.integers(2, 2 * num_words))]) for _ in range(20_000)]
     texts = pa.array(pool)
     with pq.ParquetWriter(path, _PAIRS_SCHEMA, compression="zstd") as writer:
         for start in range(0, num_pairs, 100_000):

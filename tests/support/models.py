@@ -84,8 +84,18 @@ class StumblingScorer:
 
 
 def marker_ids(tokenizer: FakeTokenizer) -> dict[str, int]:
-    words = (NAN, RAISE, KILL, QUIT)
-    pairs = tokenizer.encode([""] * len(words), list(words))
-    return {
-        word: int(pairs.input_ids[pairs.offsets[i] : pairs.offsets[i + 1]].tolist()[2]) for i, word in enumerate(words)
-    }
+    words = [NAN, RAISE, KILL, QUIT]
+    return dict(zip(words, _ids(tokenizer, words), strict=True))
+
+
+def plain_words(number: int) -> list[str]:
+    """So many words that no stumbling scorer takes for a marker: an id is a hash, which words may share."""
+    tokenizer = FakeTokenizer()
+    words = [f"w{i}" for i in range(2 * number)]
+    markers = set(marker_ids(tokenizer).values())
+    return [word for word, id in zip(words, _ids(tokenizer, words), strict=True) if id not in markers][:number]
+
+
+def _ids(tokenizer: FakeTokenizer, words: list[str]) -> list[int]:
+    pairs = tokenizer.encode([""] * len(words), words)
+    return [int(pairs.input_ids[start + 2]) for start in pairs.offsets[:-1]]
