@@ -161,6 +161,7 @@ def _job_rates(path: Path, model: str, output: Path, cores: int, num_pairs: int)
 @contextlib.contextmanager
 def _quiet_ray(cores: int):
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # as jobs set it
     ray.init(address="local", num_cpus=cores + 2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         yield
