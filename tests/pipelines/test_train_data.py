@@ -232,7 +232,7 @@ def test_a_dataset_that_the_package_datasets_saved_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["pairs", "triplets", "tuples", "lists", "ids", "flagembedding"])
-def test_what_mining_writes_is_read_again(name, tmp_path):
+def test_what_mining_writes_with_scores_is_read_again(name, tmp_path):
     document = {
         text: Document(f"d{n}", text, grade, n / 2)
         for n, (text, grade) in enumerate([("a fox", 2), ("a vixen", 1), ("a dog", 0), ("a cat", 0)])
