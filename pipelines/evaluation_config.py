@@ -34,8 +34,8 @@ class CollectionConfig(_Settings):
     ] = None
     qrels: Annotated[str | None, Field(description="judgements: Parquet or TREC")] = None
     layout: Annotated[Literal["auto"] | LayoutName, Field(description="shape of Parquet candidates")] = "auto"
-    queries: Annotated[str | None, Field(description="query_id, text as Parquet, or BEIR's queries.jsonl")] = None
-    corpus: Annotated[str | None, Field(description="doc_id, text[, title] as Parquet, or BEIR's corpus.jsonl")] = None
+    queries: Annotated[str | None, Field(description="table query_id, text (layout ids)")] = None
+    corpus: Annotated[str | None, Field(description="table doc_id, text[, title]")] = None
     columns: Annotated[dict[str, str], Field(description="role -> column name, where the usual names differ")] = {}
     query_columns: Annotated[
         str | None, Field(description="table with query_id and the columns of where and segments; queries by default")

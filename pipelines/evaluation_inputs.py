@@ -4,7 +4,6 @@ It reads ids and judgements; texts are left to evaluation_texts. It knows nothin
 """
 
 import hashlib
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pipelines.evaluate import read_qrels
 from pipelines.evaluation_config import CollectionConfig
 from pipelines.inputs import naming_damage, read_footer
 from pipelines.layout import ALIASES, Finder
+from pipelines.lines import json_lines
 from pipelines.plan import Plan
 from pipelines.rankings import Ranking, Tables
 from pipelines.storage import FileInfo, expand, locate, open_input
@@ -34,15 +34,15 @@ _JSON_IDS = ("_id", "id")
 class Source:
     """A collection, with everything found that its figures rest on. Either `plan` or `run` holds the candidates.
 
-    `tables` are the texts of candidates given as ids: Parquet tables, or files of JSON lines. `attributes` are the
-    files with the columns of `where` and `segments`.
+    `tables` are the texts of candidates given as ids. `attributes` are the files with the columns of `where` and
+    `segments`.
     """
 
     config: CollectionConfig
     qrels: tuple[FileInfo, ...]
     plan: Plan | None
     run: Ranking | None
-    tables: tuple[TextTable | tuple[FileInfo, ...], ...]
+    tables: tuple[TextTable, ...]
     attributes: tuple[FileInfo, ...]
     options: Mapping[str, Any]
 
@@ -54,7 +54,7 @@ class Source:
     @property
     def files(self) -> list[FileInfo]:
         """Every file that the figures rest on."""
-        tables = [file for table in self.tables for file in (table.files if isinstance(table, TextTable) else table)]
+        tables = [file for table in self.tables for file in table.files]
         return [*self.qrels, *self.candidates, *tables, *self.attributes]
 
     @property
@@ -83,11 +83,10 @@ class Judged:
 def find(config: CollectionConfig, options: Mapping[str, Any]) -> Source:
     """Looks up what the collection names. Raises InputError before any work is done."""
     qrels = expand(locate(config.qrels_uri, options), ".parquet")
-    tables: list[TextTable | tuple[FileInfo, ...]] = []
-    for kind, role, uri in zip(("query", "document"), ("query_id", "doc_id"), config.tables or (), strict=False):
-        files = expand(locate(uri, options), ".parquet")
-        is_table = rankings.is_parquet(files[0])
-        tables.append(find_table(kind, uri, role, config.columns, options) if is_table else tuple(files))
+    tables = tuple(
+        find_table(kind, uri, role, config.columns, options)
+        for kind, role, uri in zip(("query", "document"), ("query_id", "doc_id"), config.tables or (), strict=False)
+    )
     first = expand(locate(config.candidate_uris[0], options), ".parquet")[0]
     plan = run = None
     if rankings.is_parquet(first):
@@ -101,7 +100,7 @@ def find(config: CollectionConfig, options: Mapping[str, Any]) -> Source:
     attributes: tuple[FileInfo, ...] = ()
     if config.where or config.segments:
         attributes = _attribute_files(config, tables, first, options)
-    return Source(config, tuple(qrels), plan, run, tuple(tables), attributes, options)
+    return Source(config, tuple(qrels), plan, run, tables, attributes, options)
 
 
 def _holds_ids_only(file: FileInfo, config: CollectionConfig) -> bool:
@@ -110,12 +109,12 @@ def _holds_ids_only(file: FileInfo, config: CollectionConfig) -> bool:
 
 
 def _attribute_files(
-    config: CollectionConfig, tables: Sequence[Any], candidates: FileInfo, options: Mapping[str, Any]
+    config: CollectionConfig, tables: Sequence[TextTable], candidates: FileInfo, options: Mapping[str, Any]
 ) -> tuple[FileInfo, ...]:
     if config.query_columns is not None:
         return tuple(expand(locate(config.query_columns, options), ".parquet"))
     if tables:
-        return tuple(tables[0].files if isinstance(tables[0], TextTable) else tables[0])
+        return tables[0].files
     if rankings.is_parquet(candidates):
         return tuple(file for uri in config.candidate_uris for file in expand(locate(uri, options), ".parquet"))
     raise InputError(f"{config.name}: name the table with the columns of where and segments as query_columns")
@@ -227,25 +226,10 @@ def _json_rows(file: FileInfo, columns: Sequence[str], names: Mapping[str, str])
         metadata = body.get("metadata")
         fields = {**metadata, **body} if isinstance(metadata, dict) else body
         values = [fields.get(column) for column in columns]
-        yield json_id(body, "query_id", f"{file.location}, line {number}"), values
+        yield _json_id(body, "query_id", f"{file.location}, line {number}"), values
 
 
-def json_lines(file: FileInfo) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects in a file of JSON lines, with their line numbers. Raises InputError naming what is none."""
-    with open_input(file) as source, io.BufferedReader(source, 2**20) as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                body = json.loads(line)
-            except ValueError as error:
-                raise InputError(f"{file.location}, line {number}: not JSON ({error})") from None
-            if not isinstance(body, dict):
-                raise InputError(f"{file.location}, line {number}: not a JSON object with _id and text")
-            yield number, body
-
-
-def json_id(body: Mapping[str, Any], role: str, place: str) -> str:
+def _json_id(body: Mapping[str, Any], role: str, place: str) -> str:
     """The id of a line, as text. Raises InputError where it has none."""
     for name in (*_JSON_IDS, *ALIASES[role]):
         if isinstance(body.get(name), str | int):

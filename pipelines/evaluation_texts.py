@@ -14,15 +14,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from crossenc.errors import InputError, RunConflictError
-from pipelines.evaluation_inputs import Judged, Source, json_id, json_lines
+from crossenc.errors import RunConflictError
+from pipelines.evaluation_inputs import Judged, Source
 from pipelines.inputs import naming_damage, read_batches
 from pipelines.layout import Columns
 from pipelines.plan import Plan
 from pipelines.rows import flatten
 from pipelines.schemas import to_parquet
 from pipelines.storage import FileInfo, Location, expand, locate, open_input, put_new
-from pipelines.texts import TextTable, as_binary, default_cache, find_table, open_store
+from pipelines.texts import as_binary, default_cache, find_table, open_store
 
 _PART_BYTES = 64 * 2**20
 _BATCH_ROWS = 4096
@@ -48,20 +48,13 @@ def prepare(judged: Judged, folder: Location, depth: int) -> Prepared:
         files = [_store(folder, "candidates", data) for data in _pairs_parts(source, source.plan, wanted)]
         uris = tuple(uri for uri, _ in files)
         return Prepared({"candidates": uris, "layout": "pairs"}, _combined(digest for _, digest in files))
-    names = dict(source.config.columns) if all(isinstance(table, TextTable) for table in source.tables) else {}
-    names = {role: name for role, name in names.items() if role in ("query_id", "doc_id", "query", "text", "title")}
+    roles = ("query_id", "doc_id", "query", "text", "title")
+    names = {role: name for role, name in source.config.columns.items() if role in roles}
     candidates, digest = _store(folder, "candidates", to_parquet(_ids_table(wanted, names)))
     settings: dict[str, Any] = {"candidates": candidates, "layout": "ids", "columns": names}
-    digests = [digest]
-    needed = (set(wanted), {doc_id for docs in wanted.values() for doc_id in docs})
-    for setting, role, table, ids in zip(
-        ("queries", "corpus"), ("query_id", "doc_id"), source.tables, needed, strict=True
-    ):
-        if isinstance(table, TextTable):
-            settings[setting], digest = getattr(source.config, setting), table.digest
-        else:
-            settings[setting], digest = _store(folder, setting, to_parquet(_texts_table(table, role, ids)))
-        digests.append(digest)
+    assert source.config.tables is not None, "there are tables"
+    settings["queries"], settings["corpus"] = source.config.tables
+    digests = [digest, *(table.digest for table in source.tables)]
     return Prepared(settings, _combined(digests))
 
 
@@ -88,23 +81,6 @@ def _ids_table(wanted: Mapping[str, Sequence[str]], names: Mapping[str, str]) ->
             "rank": pa.array(ranks, pa.int64()),
         }
     )
-
-
-def _texts_table(files: Sequence[FileInfo], role: str, ids: Collection[str]) -> pa.Table:
-    """The texts of `ids` in files of JSON lines, as Parquet tables have them."""
-    rows = []
-    for file in files:
-        for number, body in json_lines(file):
-            place = f"{file.location}, line {number}"
-            id_ = json_id(body, role, place)
-            if id_ in ids:
-                texts = [body.get(name) for name in ("text", "title")]
-                if not all(text is None or isinstance(text, str) for text in texts):
-                    raise InputError(f"{place}: text and title must be texts")
-                rows.append((id_, *texts))
-    columns = zip(*rows, strict=True) if rows else ((), (), ())
-    table = pa.table([pa.array(column, pa.string()) for column in columns], names=[role, "text", "title"])
-    return table if role == "doc_id" else table.drop_columns(["title"])
 
 
 def _pairs_parts(source: Source, plan: Plan, wanted: Mapping[str, Sequence[str]]) -> Iterator[bytes]:

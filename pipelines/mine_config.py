@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from crossenc.mining import MineSettings
 from pipelines.config import LayoutName
 
-FormatName = Literal["pairs", "triplets", "tuples", "lists", "ids", "flagembedding"]
+FormatName = Literal["pairs", "triplets", "tuples", "lists", "ids", "flagembedding", "triples"]
 _RULES = (
     "num_negatives",
     "min_rank",
@@ -80,6 +80,8 @@ class MineConfig(BaseModel):
             raise ValueError("positive_percentile: 0.95 and relative_margin: 0.05 are one rule; give one of them")
         if self.format == "tuples" and self.min_negatives not in (None, self.num_negatives):
             raise ValueError("tuples need all num_negatives; leave min_negatives out")
+        if self.format == "triples" and self.scores:
+            raise ValueError("triples have no place for scores; set scores: false, or format: triplets")
         rules = self.rules()
         if self.random_from == "others" and not rules.num_random:
             raise ValueError("random_from: others needs a random_share that makes up at least one negative")

@@ -13,6 +13,10 @@ import pyarrow as pa
 from pipelines.mine_config import FormatName
 from pipelines.schemas import to_parquet
 
+_SUFFIXES = {"flagembedding": ".jsonl", "triples": ".tsv"}
+#: What ends a field or a line of triples, and therefore cannot stand in a text.
+_TO_SPACES = str.maketrans("\t\n\r", "   ")
+
 
 @dataclass(frozen=True, slots=True)
 class Document:
@@ -45,7 +49,7 @@ class Format:
 
     @property
     def suffix(self) -> str:
-        return ".jsonl" if self.name == "flagembedding" else ".parquet"
+        return _SUFFIXES.get(self.name, ".parquet")
 
     @property
     def schema(self) -> pa.Schema:
@@ -67,13 +71,19 @@ class Format:
 def encode(queries: Sequence[MinedQuery], shape: Format) -> tuple[bytes, int]:
     """The file with these queries, and its number of rows.
 
-    pairs, ids: a row for each positive and negative. triplets: one for each positive with each negative. tuples: one
-    for each positive with all negatives. lists, flagembedding: one for each query. `scores` stand in the order of the
-    documents, the positive's first.
+    pairs, ids: a row for each positive and negative. triplets, triples: one for each positive with each negative.
+    tuples: one for each positive with all negatives. lists, flagembedding: one for each query. `scores` stand in the
+    order of the documents, the positive's first. Triples are lines of query, positive and negative as MS MARCO has
+    them, with spaces for tabs and line ends in a text.
     """
     rows = [row for query in queries for row in _rows(query, shape)]
     if shape.name == "flagembedding":
         return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(), len(rows)
+    if shape.name == "triples":
+        lines = (
+            "\t".join(row[name].translate(_TO_SPACES) for name in ("query", "positive", "negative")) for row in rows
+        )
+        return "".join(f"{line}\n" for line in lines).encode(), len(rows)
     return to_parquet(pa.Table.from_pylist(rows, schema=shape.schema)), len(rows)
 
 
@@ -86,8 +96,8 @@ def _rows(query: MinedQuery, shape: Format) -> Iterator[dict[str, Any]]:
                 row = {"query_id": query.query_id, "doc_id": document.doc_id}
             row["label"] = _label(document, shape)
             yield row | {"score": document.score}
-    elif shape.name in ("triplets", "tuples"):
-        sets = [(negative,) for negative in query.negatives] if shape.name == "triplets" else [query.negatives]
+    elif shape.name in ("triplets", "triples", "tuples"):
+        sets = [query.negatives] if shape.name == "tuples" else [(negative,) for negative in query.negatives]
         for positive in query.positives:
             for negatives in sets:
                 texts = {f"negative_{n}": negative.text for n, negative in enumerate(negatives, start=1)}

@@ -17,10 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from crossenc.errors import InputError
-from pipelines.evaluation_inputs import Source, json_id, json_lines
+from pipelines.evaluation_inputs import Source
 from pipelines.evaluation_inputs import read as read_judged
 from pipelines.inputs import naming_damage, read_batches
 from pipelines.layout import Finder, is_text
+from pipelines.lines import parse_json
 from pipelines.plan import Plan
 from pipelines.progress import visible
 from pipelines.schemas import to_parquet
@@ -33,7 +34,6 @@ from pipelines.train_files import (
     cut_slices,
     find_columns,
     format_of,
-    parse_json,
     read_slice,
     schema_of,
 )
@@ -118,17 +118,10 @@ def fixed_queries(sources: Sequence[Source], max_text_bytes: int) -> FixedQuerie
 
 def _texts_of(source: Source, wanted: set[str], max_text_bytes: int) -> Iterator[tuple[str, str]]:
     """Id and text of each query of a collection, at least once."""
-    table = source.tables[0] if source.tables else None
-    if isinstance(table, TextTable):
+    if source.tables:
         ids = sorted(wanted)
-        texts = _looked_up(ids, table, max_text_bytes)
+        texts = _looked_up(ids, source.tables[0], max_text_bytes)
         yield from ((id_, text) for id_, text in zip(ids, texts, strict=True) if text is not None)
-    elif table is not None:
-        for file in table:
-            for number, body in json_lines(file):
-                query_id = json_id(body, "query_id", f"{file.location}, line {number}")
-                if query_id in wanted and isinstance(body.get("text"), str):
-                    yield query_id, body["text"]
     elif source.plan is not None:
         for query in candidate_queries(source.plan, None, source.options, max_text_bytes):
             if query.query_id in wanted and query.text is not None:

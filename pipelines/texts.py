@@ -1,5 +1,8 @@
 """Texts by id on each node: the tables `queries` and `corpus` copied once per node, memory-mapped, looked up by id.
 
+A table is Parquet, JSON lines as BEIR has them, or lines with id and text as MS MARCO has them, the last two also
+gzipped.
+
 A store is a folder: the ids and texts laid end to end in one file, and beside it where each one is, in the order of
 the ids' hashes. Building one streams the source, so a table larger than memory works; looking up touches only the
 pages that are needed. It knows nothing of shards or models.
@@ -14,8 +17,9 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +31,7 @@ from numpy.typing import NDArray
 from crossenc.errors import InputError
 from pipelines import layout as layouts
 from pipelines.inputs import check_unchanged, hash_ids, naming_damage, read_batches, read_footer
+from pipelines.lines import json_lines, numbered_lines
 from pipelines.storage import FileInfo, expand, locate, open_input
 
 #: Part of a store's name: a store of another format is another store.
@@ -34,7 +39,11 @@ _FORMAT = 1
 #: An id of more bytes is no id; without a limit a small file could hold gigabytes of them.
 MAX_ID_BYTES = 2**16
 _BATCH_ROWS = 4096
+_BATCH_BYTES = 64 * 2**20
 _NULL = -1
+_SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".tsv", ".tsv.gz")
+#: What BEIR and others call the id in JSON lines, and how many lines tell the names of the others.
+_JSON_IDS, _SCHEMA_LINES = ("_id", "id"), 100
 
 #: A text as UTF-8 bytes; its number of bytes where they are too many to hold; or None for null.
 Text = bytes | int | None
@@ -42,13 +51,18 @@ Text = bytes | int | None
 
 @dataclass(frozen=True, slots=True)
 class TextTable:
-    """Where the texts of one kind of id come from: files, and the columns in them."""
+    """Where the texts of one kind of id come from: files, and the columns in them (of lines without names, numbers)."""
 
     kind: str  # "query" or "document", for messages
     files: tuple[FileInfo, ...]
     id_column: str
     text_column: str
     title_column: str | None
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns to read."""
+        return [self.id_column, self.text_column, *([self.title_column] if self.title_column else [])]
 
     @property
     def digest(self) -> str:
@@ -66,7 +80,10 @@ def find_table(
     `names` are those of the job, which name columns of the candidates too: an id role that fits no column here is
     taken to be about those.
     """
-    files = tuple(expand(locate(uri, storage_options), ".parquet"))
+    files = tuple(expand(locate(uri, storage_options), _SUFFIXES))
+    for file in files:
+        if _format_of(file) != _format_of(files[0]):
+            raise InputError(f"{files[0].location} and {file.location} are of different kinds: name files of one kind")
     found = [_find_columns(kind, file, id_role, names) for file in files]
     for file, columns in zip(files, found, strict=True):
         if columns != found[0]:
@@ -74,22 +91,47 @@ def find_table(
     return TextTable(kind, files, *found[0])
 
 
+def _format_of(file: FileInfo) -> Literal["parquet", "jsonl", "tsv"]:
+    """What kind of file it is, by its name: Parquet, unless that says otherwise."""
+    name = file.location.name.lower().removesuffix(".gz")
+    if name.endswith((".jsonl", ".json")):
+        return "jsonl"
+    return "tsv" if name.endswith(".tsv") else "parquet"
+
+
 def _find_columns(kind: str, file: FileInfo, id_role: str, names: Mapping[str, str]) -> tuple[str, str, str | None]:
-    schema = read_footer(file).schema.to_arrow_schema()
-    layouts.check_schema(schema, str(file.location))
+    if _format_of(file) == "tsv":
+        return "0", "1", None
+    is_json, aliases = _format_of(file) == "jsonl", dict(layouts.ALIASES)
+    if is_json:
+        schema = _json_schema(file)
+        aliases[id_role] = (*_JSON_IDS, *aliases[id_role])
+    else:
+        schema = read_footer(file).schema.to_arrow_schema()
+        layouts.check_schema(schema, str(file.location))
     own_roles = ("query",) if kind == "query" else ("text", "title")
     names = {role: name for role, name in names.items() if role in own_roles or name in schema.names}
-    finder = layouts.Finder(schema, names, str(file.location))
+    finder = layouts.Finder(schema, names, str(file.location), aliases)
     id_column = finder.required(id_role)
     if kind == "query":
         text, title = finder.optional("query") or finder.required("text"), None
     else:
         text, title = finder.required("text"), finder.optional("title")
+    if is_json:
+        return id_column, text, "title" if kind == "document" and title is None else title
     for name, is_id in ((id_column, True), (text, False), (title, False)):
         column_type = schema.field(name).type if name else pa.string()
         if not layouts.is_text(column_type) and not (is_id and pa.types.is_integer(column_type)):
             raise InputError(f"{file.location}: column {name!r} is {column_type}, but must be text; cast it first")
     return id_column, text, title
+
+
+def _json_schema(file: FileInfo) -> pa.Schema:
+    """The names in the first lines. What kind of values they have is for each line to say."""
+    names = dict.fromkeys(name for _, body in islice(json_lines(file), _SCHEMA_LINES) for name in body)
+    if not names:
+        raise InputError(f"{file.location} has no JSON object, one a line")
+    return pa.schema([(name, pa.null()) for name in names])
 
 
 def default_cache() -> Path:
@@ -179,11 +221,49 @@ def _table_id(id_: Text, table: TextTable) -> bytes:
 
 
 def _read(table: TextTable) -> Iterator[pa.RecordBatch]:
-    columns = [table.id_column, table.text_column, *([table.title_column] if table.title_column else [])]
+    columns = table.columns
     for file in table.files:
-        with naming_damage(f"{file.location}, the {table.kind} table, cannot be read"), open_input(file) as source:
-            yield from read_batches(source, pq.read_metadata(source), columns, columns, max_rows=_BATCH_ROWS)
+        if _format_of(file) == "parquet":
+            with naming_damage(f"{file.location}, the {table.kind} table, cannot be read"), open_input(file) as source:
+                yield from read_batches(source, pq.read_metadata(source), columns, columns, max_rows=_BATCH_ROWS)
+        else:
+            yield from _in_batches(_json_rows(file, table) if _format_of(file) == "jsonl" else _tsv_rows(file), columns)
         check_unchanged(file)  # or another content would bear the name of the planned one
+
+
+def _in_batches(rows: Iterator[tuple[bytes | None, ...]], columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    held: list[tuple[bytes | None, ...]] = []
+    num_bytes = 0
+    for row in chain(rows, [None]):
+        if held and (row is None or len(held) == _BATCH_ROWS or num_bytes > _BATCH_BYTES):
+            arrays = [pa.array(values, pa.large_binary()) for values in zip(*held, strict=True)]
+            yield pa.RecordBatch.from_arrays(arrays, names=list(columns))
+            held, num_bytes = [], 0
+        if row is not None:
+            held.append(row)
+            num_bytes += sum(len(value) for value in row if value)
+
+
+def _json_rows(file: FileInfo, table: TextTable) -> Iterator[tuple[bytes | None, ...]]:
+    """Id, text and title of each line; a text or title may be null, or absent."""
+    for number, body in json_lines(file):
+        id_, *texts = (body.get(name) for name in table.columns)
+        if not isinstance(id_, str | int) or isinstance(id_, bool):
+            raise InputError(f"{file.location}, line {number}: no {table.id_column}; a line has an id and a text")
+        if not all(isinstance(text, str | None) for text in texts):
+            wanted = " and ".join(table.columns[1:])
+            raise InputError(f"{file.location}, line {number}: {wanted} must be text, or null")
+        # A lone surrogate is no UTF-8 then, which whoever reads the text finds out.
+        encoded = (None if text is None else text.encode(errors="surrogatepass") for text in texts)
+        yield str(id_).encode(errors="surrogatepass"), *encoded
+
+
+def _tsv_rows(file: FileInfo) -> Iterator[tuple[bytes | None, ...]]:
+    for number, line in numbered_lines(file):
+        fields = line.rstrip(b"\r\n").split(b"\t")
+        if len(fields) != 2:
+            raise InputError(f"{file.location}, line {number}: {len(fields)} fields; a line is an id, a tab and a text")
+        yield tuple(fields)
 
 
 def _append(out: BinaryIO, ids: Sequence[bytes], texts: Sequence[Text]) -> NDArray[np.int64]:

@@ -102,7 +102,9 @@ class TrainConfig(_Settings):
     freeze_layers: Annotated[int, Field(ge=0, description="layers from below, and the embeddings, left as is")] = 0
     lora: LoraConfig | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
-    shuffled_lists: Annotated[int | None, Field(ge=1, description="lists that are shuffled together")] = None
+    shuffled_lists: Annotated[
+        int | None, Field(ge=1, description="lists shuffled together at most; what a worker keeps if absent")
+    ] = None
     log_steps: Annotated[int, Field(ge=1, description="steps that a point of the loss curve is the mean of")] = 100
     evaluate_steps: Annotated[int | None, Field(ge=1, description="steps between validations; an epoch if absent")] = (
         None

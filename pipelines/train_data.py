@@ -1,16 +1,14 @@
-"""Labelled data to tokenised lists in storage: plan, prepare each slice, finish; and reading the lists again.
+"""Labelled data to tokenised lists in storage: plan, prepare each slice, finish.
 
 Exactly once in the sense of the mining job: a slice's files are named by the slice, their bytes depend on the slice
 alone, and each is made by one create-only PUT; the slice's record is stored after them and makes it done. Preparing
-needs a Ray cluster, reading the lists does not.
+needs a Ray cluster. Reading the lists again is train_lists' business.
 """
 
 import contextlib
 import hashlib
-import io
 import json
-import threading
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -20,16 +18,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
 from crossenc.card import DatasetFacts, describe_dataset
 from crossenc.card.dataset import STATISTICS_ROWS
-from crossenc.errors import CrossEncError, InputError, RunConflictError, StorageError
-from crossenc.loop.lists import LabelStatistics, TokenizedLists, concatenate, offsets_of
-from crossenc.records import TokenizedPairs
+from crossenc.errors import CrossEncError, InputError, RunConflictError
+from crossenc.loop.lists import LabelStatistics
 from pipelines import plan as plans
 from pipelines.plan import InputFile
 from pipelines.storage import (
@@ -67,8 +63,6 @@ FORMAT = 1
 PREPARED_FILE = "prepared.json"
 PLAN_FILE = "_run/plan.json"
 RECORD_FOLDER = "_run/records"
-#: Decoded parts that reading keeps: that many bytes of them, and the last one in any case.
-_KEPT_BYTES = 512 * 2**20
 #: Rows that are looked at for the facts on the model card.
 _FACTS_ROWS = 10_000
 
@@ -515,86 +509,3 @@ def _shown(row: Row, columns: LabelledColumns) -> dict[str, Any]:
     roles = ["positive", *(role.removesuffix("_id") for role in columns.negatives)]
     shown |= {name(role): text for role, text in zip(roles, texts, strict=True)}
     return shown | ({name("labels"): labels} if "labels" in columns.names else {})
-
-
-# --- reading
-
-
-class _KeptParts:
-    """The parts that were read last, decoded. Shared by the threads of a process."""
-
-    def __init__(self) -> None:
-        self._parts: OrderedDict[str, tuple[TokenizedLists, int]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, place: Location, part: PreparedPart) -> TokenizedLists:
-        """A part's lists, read where they are not kept."""
-        key = f"{place.uri} {part.sha256}"
-        with self._lock:
-            if key in self._parts:
-                self._parts.move_to_end(key)
-                return self._parts[key][0]
-        lists = _read_part(place, part)
-        with self._lock:
-            self._parts[key] = (lists, _num_bytes(lists))
-            self._parts.move_to_end(key)
-            while len(self._parts) > 1 and sum(size for _, size in self._parts.values()) > _KEPT_BYTES:
-                self._parts.popitem(last=False)
-        return lists
-
-
-_kept_parts = _KeptParts()
-
-
-def read_lists(prepared: PreparedData, indices: NDArray[np.int64]) -> TokenizedLists:
-    """The lists with these numbers, in that order; a number may come twice.
-
-    Only the parts that hold them are read, once each as long as they are kept: parts of 512 MiB in all, those used
-    last. Raises IndexError for a number out of [0, N), StorageError where a part is damaged or gone.
-    """
-    indices = np.asarray(indices, np.int64)
-    starts = offsets_of(np.array([part.num_lists for part in prepared.parts], np.int64))
-    if len(indices) and not (indices.min() >= 0 and indices.max() < starts[-1]):
-        raise IndexError(f"lists are numbered from 0 to {starts[-1] - 1}, not {indices.min()} to {indices.max()}")
-    of_part = np.searchsorted(starts, indices, side="right") - 1
-    found, places = [], np.empty(len(indices), np.int64)
-    num_taken = 0
-    for number in np.unique(of_part).tolist():
-        part = prepared.parts[number]
-        mine = np.flatnonzero(of_part == number)
-        found.append(_kept_parts.get(prepared.folder / part.path, part).take(indices[mine] - starts[number]))
-        places[mine] = np.arange(num_taken, num_taken + len(mine))
-        num_taken += len(mine)
-    if len(found) == 1:
-        return found[0]
-    return concatenate(found).take(places)
-
-
-def _read_part(place: Location, part: PreparedPart) -> TokenizedLists:
-    try:
-        body = read_bytes(place)
-    except FileNotFoundError:
-        raise StorageError(f"{place} is gone: prepare the training data again") from None
-    if hashlib.sha256(body).hexdigest() != part.sha256:
-        raise StorageError(f"{place} is damaged: delete it and prepare the training data again")
-    table = pq.read_table(io.BytesIO(body)).combine_chunks()
-
-    def values(name: str) -> NDArray[Any]:
-        flat: NDArray[Any] = pc.list_flatten(table.column(name)).combine_chunks().to_numpy(zero_copy_only=False)
-        return flat
-
-    types = None if table.column("token_type_ids").null_count else values("token_type_ids")
-    return TokenizedLists(
-        pairs=TokenizedPairs(values("input_ids"), offsets_of(values("lengths")), types, values("truncated")),
-        sizes=table.column("num_pairs").to_numpy(),
-        labels=values("labels"),
-        weights=table.column("weight").to_numpy(),
-        origins=tuple(f"{part.file}, row {row}" for row in table.column("row").to_pylist()),
-    )
-
-
-def _num_bytes(lists: TokenizedLists) -> int:
-    pairs = lists.pairs
-    num_type_bytes = 0 if pairs.token_type_ids is None else pairs.token_type_ids.nbytes
-    per_pair = pairs.offsets.nbytes + pairs.truncated.nbytes + lists.labels.nbytes
-    return pairs.input_ids.nbytes + num_type_bytes + per_pair + 200 * len(lists)  # 200 for sizes, weight and origin

@@ -5,11 +5,8 @@ can be read without reading what stands before it (but for gzip, which must be d
 columns, and nothing of what a row means.
 """
 
-import gzip
 import hashlib
-import io
 import json
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,14 +33,13 @@ from pipelines.inputs import (
     read_batches,
     read_footer,
 )
+from pipelines.lines import open_lines, parse_json, read_lines
 from pipelines.plan import cut, default_shard_candidates
 from pipelines.storage import FileInfo, Location, exists, expand, locate, open_input, read_bytes, redact
 from pipelines.train_data_config import LabelledData
 from pipelines.train_layout import LabelledColumns
 
 SUFFIXES = (".parquet", ".arrow", ".jsonl", ".jsonl.gz", ".tsv", ".tsv.gz")
-#: A longer line is refused, and never in memory whole.
-MAX_LINE_BYTES = 64 * 2**20
 _BATCH_ROWS = 1024
 #: Pairs in a slice, at least: seconds of tokenising, which a look into a file is little beside.
 _SLICE_PAIRS = 4_096
@@ -127,8 +123,8 @@ def has_rows(file: FileInfo) -> bool:
     if kind == "arrow":
         with _naming_arrow(file), open_input(file) as source:
             return any(batch.num_rows for batch in pa.ipc.open_stream(source))
-    with _open_lines(file) as stream:
-        return any(not line.isspace() for line, _ in _read_lines(stream))
+    with open_lines(file) as stream:
+        return any(not line.isspace() for line, _ in read_lines(stream))
 
 
 def find_columns(data: LabelledData, files: Sequence[FileInfo]) -> LabelledColumns:
@@ -176,8 +172,8 @@ def schema_of(file: FileInfo) -> pa.Schema | None:
 
 def _json_schema(file: FileInfo) -> pa.Schema:
     rows = []
-    with _open_lines(file) as stream:
-        for number, (line, _) in enumerate(_read_lines(stream)):
+    with open_lines(file) as stream:
+        for number, (line, _) in enumerate(read_lines(stream)):
             if number == _SCHEMA_LINES:
                 break
             row = parse_json(line)[0]
@@ -185,17 +181,6 @@ def _json_schema(file: FileInfo) -> pa.Schema:
     if not rows:
         raise InputError(f"{file.location} has no JSON object in its first {_SCHEMA_LINES} lines, one a line")
     return layouts.json_schema(rows)
-
-
-def parse_json(line: bytes) -> tuple[dict[str, Any] | None, str]:
-    """The object in a line, or None and what is wrong."""
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        return None, f"byte {error.start} is not UTF-8"
-    except (ValueError, RecursionError) as error:
-        return None, first_line(error)
-    return (row, "") if isinstance(row, dict) else (None, "no object")
 
 
 # --- slices
@@ -300,8 +285,8 @@ def _cut_lines(
         if num_rows:
             slices.append(Slice("", 0, start, number, num_rows, num_rows * pairs_per_row, offset, start))
 
-    with _open_lines(file) as stream:
-        for line, num_bytes in _read_lines(stream):
+    with open_lines(file) as stream:
+        for line, num_bytes in read_lines(stream):
             is_full = num_rows and (num_rows * pairs_per_row >= slice_pairs or at - offset >= most_bytes)
             if is_full and not line.isspace() and (key is None or key(line) != key(last)):
                 end_slice()
@@ -388,9 +373,9 @@ def _lines_of(file: FileInfo, entry: Slice) -> Iterator[Lines]:
     numbers: list[int] = []
     lines: list[bytes] = []
     num_bytes = 0
-    with _open_lines(file) as stream:
+    with open_lines(file) as stream:
         stream.seek(entry.offset)  # forward only, so that a gzipped file is decompressed once
-        for number, (line, _) in enumerate(_read_lines(stream), start=entry.row_start):
+        for number, (line, _) in enumerate(read_lines(stream), start=entry.row_start):
             if number == entry.row_end:
                 break
             if line.isspace():
@@ -403,25 +388,3 @@ def _lines_of(file: FileInfo, entry: Slice) -> Iterator[Lines]:
                 numbers, lines, num_bytes = [], [], 0
     if lines:
         yield Lines(numbers, lines)
-
-
-@contextmanager
-def _open_lines(file: FileInfo) -> Iterator[io.BufferedIOBase]:
-    """The file's content, decompressed. Raises InputError where it cannot be."""
-    with open_input(file) as source:
-        stream: Any = io.BufferedReader(source, _BUFFER_BYTES)
-        if file.location.name.lower().endswith(".gz"):
-            stream = gzip.GzipFile(fileobj=stream)
-        try:
-            yield stream
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise InputError(f"{file.location} is not a sound gzip file ({first_line(error)}); restore it") from None
-
-
-def _read_lines(stream: io.BufferedIOBase) -> Iterator[tuple[bytes, int]]:
-    """Each line, and its bytes in the file; of a line that is too long only the beginning."""
-    while line := stream.readline(MAX_LINE_BYTES + 1):
-        num_bytes, rest = len(line), line
-        while not rest.endswith(b"\n") and (rest := stream.readline(_BUFFER_BYTES)):
-            num_bytes += len(rest)
-        yield line, num_bytes

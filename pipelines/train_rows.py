@@ -12,9 +12,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines.lines import MAX_LINE_BYTES, parse_json
 from pipelines.rows import Checked, check_text, own_texts, stored_texts
 from pipelines.texts import MAX_ID_BYTES, Text, TextStore, id_bytes
-from pipelines.train_files import MAX_LINE_BYTES, Lines, parse_json
+from pipelines.train_files import Lines
 from pipelines.train_layout import LabelledColumns, kind_of
 
 _FLOAT32_MAX = 3.4028234663852886e38

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from crossenc.loop.optimizer import (
     rate_factor,
     trained_weights,
 )
-from crossenc.loop.order import SHUFFLED_LISTS, Order, OrderSettings
+from crossenc.loop.order import Order, OrderSettings
 from crossenc.loop.validation import MEASURES, validate
 from crossenc.losses import Objective, objective
 from crossenc.precision import resolve_dtype
@@ -44,7 +45,8 @@ from pipelines.storage import Location, put
 from pipelines.train_batches import Batch, Lists, read_ahead
 from pipelines.train_board import Ending, Figures
 from pipelines.train_config import TrainConfig
-from pipelines.train_data import PreparedData, read_lists
+from pipelines.train_data import PreparedData
+from pipelines.train_lists import expect_lists, parts_of, read_lists
 from pipelines.train_model import build
 
 logger = logging.getLogger(__name__)
@@ -106,7 +108,7 @@ def order_settings(config: TrainConfig) -> OrderSettings:
         batch_lists=config.lists_in_batch,
         batch_tokens=config.batch_tokens,
         seed=config.seed,
-        shuffled_lists=config.shuffled_lists or SHUFFLED_LISTS,
+        shuffled_lists=config.shuffled_lists,
     )
 
 
@@ -120,8 +122,10 @@ class _Worker:
         self._is_first = self._rank == 0
         device = ray.train.torch.get_device()
         num_pairs, num_tokens = task.train.sizes()
-        self._lists = Lists(num_pairs, num_tokens, lambda numbers: read_lists(task.train, numbers))
-        self._order = Order(num_tokens, order_settings(config), config.epochs)
+        read, expect = partial(read_lists, task.train), partial(expect_lists, task.train)
+        self._lists = Lists(num_pairs, num_tokens, read, expect)
+        parts = parts_of(task.train, num_pairs, num_tokens)
+        self._order = Order(num_tokens, order_settings(config), config.epochs, parts)
         self._objective = objective(config.loss.name, config.loss.parameters)
         self._learner = _learner(task, self._objective, device, self._lists.read(self._order.batch(0)[:1]))
         self._model = self._learner.model

@@ -11,22 +11,23 @@ from numpy.typing import NDArray
 
 from crossenc.errors import ConfigError
 
-#: Lists that are shuffled together, and those that stay neighbours before: what a worker holds, and reads at once.
-SHUFFLED_LISTS, BLOCK_LISTS = 131_072, 2_048
+#: The share of what a worker keeps that is shuffled together; the rest is for parts that come and parts that go.
+_SHUFFLED_SHARE = 0.75
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OrderSettings:
     """How lists are shuffled and cut into batches; one of the two sizes is given.
 
-    `batch_lists` and `batch_tokens` are of a step of all workers together. `shuffled_lists` bounds how far from each
-    other two lists of one batch may stand in the data. Raises ConfigError for sizes that cannot be.
+    `batch_lists` and `batch_tokens` are of a step of all workers together. `shuffled_lists` are shuffled together at
+    most, or whole parts where those are more; by default as many as a worker keeps. Raises ConfigError for sizes that
+    cannot be.
     """
 
     batch_lists: int | None = None
     batch_tokens: int | None = None
     seed: int = 42
-    shuffled_lists: int = SHUFFLED_LISTS
+    shuffled_lists: int | None = None
 
     def __post_init__(self) -> None:
         if (self.batch_lists is None) == (self.batch_tokens is None):
@@ -37,21 +38,46 @@ class OrderSettings:
                 raise ConfigError(f"{name} is {value}: set 1 or more")
 
 
-def epoch_order(num_lists: int, settings: OrderSettings, epoch: int) -> NDArray[np.int64]:
-    """All lists in the order of an epoch, int64 [num_lists]: a permutation.
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The parts that lists are stored in, which a worker reads and keeps whole.
 
-    Blocks of neighbours are shuffled, then lists within as many blocks as `shuffled_lists` allows; a smaller dataset
-    is shuffled as a whole.
+    `num_lists` int64 [P] are those of each part, in the order of the data. `loads` float64 [P], above 0, say what share
+    of all that a worker can keep each one takes.
+    """
+
+    num_lists: NDArray[np.int64]
+    loads: NDArray[np.float64]
+
+
+def epoch_order(parts: Parts, settings: OrderSettings, epoch: int) -> NDArray[np.int64]:
+    """All lists in the order of an epoch, int64 [N]: a permutation.
+
+    Data that a worker can keep is shuffled as a whole. Of other data the parts are shuffled, and then each list moves
+    to a place drawn from a window around its part: any place of the epoch draws on as many parts as a worker keeps,
+    and each part is needed in one stretch.
     """
     random = np.random.default_rng((settings.seed, epoch))
-    if num_lists <= settings.shuffled_lists:
+    num_lists = int(parts.num_lists.sum())
+    window = _window(parts, settings)
+    if window >= 1:
         return random.permutation(num_lists).astype(np.int64)
-    block = min(BLOCK_LISTS, settings.shuffled_lists)
-    starts = random.permutation(np.arange(0, num_lists, block))
-    order = np.concatenate([np.arange(start, min(start + block, num_lists)) for start in starts])
-    for start in range(0, num_lists, settings.shuffled_lists):
-        random.shuffle(order[start : start + settings.shuffled_lists])
-    return order.astype(np.int64)
+    shuffled = random.permutation(len(parts.loads))
+    ends = np.cumsum(parts.loads[shuffled])
+    centres = np.empty(len(shuffled))
+    centres[shuffled] = (ends - parts.loads[shuffled] / 2) / ends[-1]
+    places = np.repeat(centres, parts.num_lists) + window * (random.random(num_lists) - 0.5)
+    places = np.abs(places)  # what would move out of the epoch is folded back into it
+    places = np.minimum(places, 2 - places)
+    return np.argsort(places, kind="stable").astype(np.int64)
+
+
+def _window(parts: Parts, settings: OrderSettings) -> float:
+    """The share of the data that is shuffled together, 1 or more for all of it."""
+    total = float(parts.loads.sum())
+    kept = 1.0 if total <= 1 else _SHUFFLED_SHARE / total
+    wanted = 1.0 if settings.shuffled_lists is None else settings.shuffled_lists / max(1, int(parts.num_lists.sum()))
+    return min(kept, wanted)
 
 
 def batch_ends(num_tokens: NDArray[np.int64], settings: OrderSettings) -> NDArray[np.int64]:
@@ -76,11 +102,14 @@ def batch_ends(num_tokens: NDArray[np.int64], settings: OrderSettings) -> NDArra
 class Order:
     """The batches of a whole run, by the number of their step from 0.
 
-    `num_tokens` are those of each list, int64 [N], N at least 1.
+    `num_tokens` are those of each list, int64 [N], N at least 1. Without `parts` all lists are in memory.
     """
 
-    def __init__(self, num_tokens: NDArray[np.int64], settings: OrderSettings, num_epochs: int) -> None:
+    def __init__(
+        self, num_tokens: NDArray[np.int64], settings: OrderSettings, num_epochs: int, parts: Parts | None = None
+    ) -> None:
         self._num_tokens, self._settings = num_tokens, settings
+        self._parts = parts or Parts(np.array([len(num_tokens)], np.int64), np.ones(1))
         self._epoch = -1
         self._order = self._ends = np.empty(0, np.int64)
         #: Steps before each epoch, int64 [num_epochs + 1].
@@ -93,7 +122,7 @@ class Order:
 
     def _enter(self, epoch: int) -> NDArray[np.int64]:
         if epoch != self._epoch:
-            self._order = epoch_order(len(self._num_tokens), self._settings, epoch)
+            self._order = epoch_order(self._parts, self._settings, epoch)
             self._ends = batch_ends(self._num_tokens[self._order], self._settings)
             self._epoch = epoch
         return self._ends

@@ -71,8 +71,11 @@ def prepared_rows(found: Judged, folder: Path, depth: int = 100) -> pd.DataFrame
         return rows.assign(**decoded).sort_values(["query_id", "rank"], ignore_index=True)
     rows, queries, corpus = (
         pq.read_table(uri.removeprefix("file://")).to_pandas()
+        if uri.endswith(".parquet")
+        else pd.read_json(uri, lines=True)
         for uri in (*config.candidate_uris, config.queries, config.corpus)
     )
+    queries, corpus = queries.rename(columns={"_id": "query_id"}), corpus.rename(columns={"_id": "doc_id"})
     rows = rows.merge(queries.rename(columns={"text": "query"}), on="query_id").merge(corpus, on="doc_id")
     return rows.sort_values(["query_id", "rank"], ignore_index=True)
 
@@ -95,9 +98,11 @@ def test_a_beir_folder_and_a_trec_run_give_them_too(collection, tmp_path):
     pd.testing.assert_frame_equal(
         rows[["query_id", "query", "doc_id", "text"]], collection.pairs[["query_id", "query", "doc_id", "text"]]
     )
-    assert set(rows.title) == {"a title"}
-    corpus = next((tmp_path / "out").glob("corpus-*"))
-    assert "in no ranking" not in pq.read_table(corpus)["doc_id"].to_pylist()  # only what is needed is copied
+    prepared = prepare(found, locate(str(tmp_path / "out")), 100)
+    row = collection.pairs.iloc[7]
+    texts = look_up(prepared, [(row.query_id, row.doc_id)], {}, 1000, 1000)
+    assert texts.queries == {row.query_id: row["query"]}
+    assert texts.documents == {(row.query_id, row.doc_id): f"a title {row.text}"}
 
 
 @pytest.mark.parametrize("layout", ["shuffled", "nested", "ids"])
@@ -197,13 +202,3 @@ def test_a_column_with_a_value_for_each_query_makes_no_segments(tmp_path, monkey
     monkeypatch.setenv("CROSSENC_CACHE", str(tmp_path / "cache"))
     with pytest.raises(InputError, match="column 'text' has 60 values among the judged queries"):
         judged(make_collection(tmp_path / "in", num_queries=60, depth=3), segments=("text",))
-
-
-@pytest.mark.parametrize("line", ["{", "[1]", '{"text": "no id"}', '{"_id": "q", "text": 3}'])
-def test_a_line_of_a_beir_folder_that_is_none_is_named(collection, line, tmp_path):
-    settings = beir(collection)
-    with (Path(settings["beir"]) / "corpus.jsonl").open("a") as file:
-        file.write(line.replace("q", collection.pairs.doc_id[0]) + "\n")
-    found = judged(collection, **settings, queries=None, corpus=None, qrels=None)
-    with pytest.raises(InputError, match=r"corpus\.jsonl, line \d+: "):
-        prepare(found, locate(str(tmp_path / "out")), 10)

@@ -24,6 +24,9 @@ from pipelines.mine_config import MineConfig
 from pipelines.mine_shard import MineCounts
 from pipelines.rerank import rerank
 from pipelines.testing import FakeModel
+from pipelines.train_data_config import LabelledData
+from pipelines.train_files import cut_slices, find_columns, list_files, read_slice
+from pipelines.train_rows import Texts, from_lines, judge
 from tests.support.collections import Collection, make_collection, plain_ranking, read_quarantine
 from tests.support.processes import children, is_running, wait_for
 from tests.support.s3 import S3Server
@@ -189,6 +192,30 @@ def test_every_format_holds_the_same_negatives_with_their_scores(collection, tmp
     assert 0 < len(oracle) < 15
     assert rows == expected_rows(oracle, shape)
     assert counts(outcome).num_rows == len(rows) and counts(outcome).num_mined == len(oracle)
+
+
+def test_triples_are_lines_that_training_reads_again(collection, tmp_path):
+    pairs = collection.pairs.assign(text="\t" + collection.pairs.text.str.replace(" ", "\r\n", n=1))
+    changed = Collection(pairs, collection.folder)
+    settings = {"qrels": write_qrels(changed), **changed.write("pairs"), "num_negatives": 2, "shard_candidates": 40}
+    run(tmp_path / "tsv", format="triples", **settings)
+    run(tmp_path / "parquet", format="triplets", **settings)
+    clean = str.maketrans("\t\r\n", "   ")
+    expected = [[row[name].translate(clean) for name in row] for row in read(tmp_path / "parquet")]
+    data = LabelledData(files=str(tmp_path / "tsv" / "data" / "*.tsv"))
+    files = list_files(data, {})
+    columns = find_columns(data, files)
+    assert columns.layout == "triples" and len(files) > 1
+    rows = [
+        row
+        for entry in cut_slices(files, columns, False, None)
+        for batch in read_slice(files[entry.file], entry, [], [])
+        for row in from_lines(batch, False, columns, Texts(None, None, 1000))
+    ]
+    assert all(judge(row, columns) == ([0, 1], []) for row in rows)
+    assert sorted([row.query[0], *(text for text, _ in row.documents)] for row in rows) == sorted(expected)
+    with pytest.raises(ValueError, match="triples have no place for scores"):
+        MineConfig(format="triples", scores=True, output="o", candidates="c", qrels="q")
 
 
 def reranked(collection: Collection, layout: str, output: Path, **settings) -> tuple[str, dict[str, str]]:

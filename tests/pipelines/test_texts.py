@@ -1,8 +1,12 @@
 """Texts are copied once per node and found by id; what has no text, or two, is told apart."""
 
+import gzip
+import json
 import multiprocessing
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +16,7 @@ from hypothesis import strategies as st
 
 from crossenc.errors import InputError
 from pipelines import texts
+from pipelines.storage import expand, locate
 from pipelines.texts import (
     MAX_ID_BYTES,
     TextStore,
@@ -133,6 +138,84 @@ def test_several_files_are_one_table(tmp_path):
     table = find_table("document", str(tmp_path / "corpus"), "doc_id", {}, {})
     store = open_store(table, tmp_path, LIMIT)
     assert store.lookup(["b", "a"]) == [(b"text b", None), (b"text a", None)]
+
+
+QUERIES = [("q1", "red fox"), ("2", 'ü\\ "')]
+CORPUS = [("d1", "Fox", "a red fox"), ("2", "", "the sky"), ("3", "Title", None)]
+
+
+def lines_of(folder: Path, suffix: str, rows: list[Any]) -> str:
+    """A file of JSON objects, or of fields with tabs between, with a blank line at its end."""
+    lines = [json.dumps(row) if isinstance(row, dict) else "\t".join(row) for row in rows]
+    body = "".join(f"{line}\n" for line in [*lines, ""]).encode()
+    (folder / f"t{suffix}").write_bytes(gzip.compress(body) if suffix.endswith(".gz") else body)
+    return str(folder / f"t{suffix}")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_beirs_json_lines_are_tables(tmp_path, suffix, monkeypatch):
+    monkeypatch.setattr(texts, "_BATCH_ROWS", 2)
+    rows: list[Any] = [{"_id": id_, "title": title, "text": text} for id_, title, text in CORPUS]
+    rows += [{"_id": 4, "text": "no title"}, {"_id": "5", "title": None, "text": "null", "metadata": {"a": 1}}]
+    path = lines_of(tmp_path, suffix, rows)
+    store = open_store(find_table("document", path, "doc_id", {}, {}), tmp_path, LIMIT)
+    expected = [b"Fox a red fox", b"the sky", None, b"no title", b"null"]
+    assert store.lookup(["d1", "2", "3", "4", "5"]) == [(text, None) for text in expected]
+    rows = [{"_id": id_, "text": text, "title": "none of a query's"} for id_, text in QUERIES]
+    path = lines_of(tmp_path, suffix, rows)
+    store = open_store(find_table("query", path, "query_id", {"query_id": "of candidates"}, {}), tmp_path, LIMIT)
+    assert store.lookup(["q1", "2"]) == [(text.encode(), None) for _, text in QUERIES]
+
+
+def test_json_lines_may_have_other_names(tmp_path):
+    path = lines_of(tmp_path, ".jsonl", [{"docno": 1, "contents": "x"}, {"docno": 2, "contents": "y"}])
+    assert open_store(find_table("document", path, "doc_id", {}, {}), tmp_path, LIMIT).lookup(["2"]) == [(b"y", None)]
+    path = lines_of(tmp_path, ".jsonl", [{"sku": "a", "words": "z", "text": "no"}])
+    table = find_table("document", path, "doc_id", {"doc_id": "sku", "text": "words"}, {})
+    assert open_store(table, tmp_path, LIMIT).lookup(["a"]) == [(b"z", None)]
+
+
+@pytest.mark.parametrize("suffix", [".tsv", ".tsv.gz"])
+def test_ms_marcos_lines_of_id_and_text_are_tables(tmp_path, suffix, monkeypatch):
+    monkeypatch.setattr(texts, "_BATCH_BYTES", 1)
+    path = lines_of(tmp_path, suffix, [*QUERIES, ("long", "x" * (LIMIT + 1)), ("empty", "")])
+    for kind, role in (("query", "query_id"), ("document", "doc_id")):
+        store = open_store(find_table(kind, path, role, {"text": "of candidates"}, {}), tmp_path, LIMIT)
+        expected = [*(text.encode() for _, text in QUERIES), LIMIT + 1, b""]
+        assert store.lookup(["q1", "2", "long", "empty"]) == [(text, None) for text in expected]
+        assert store.lookup(["3"]) == [(None, "unknown")]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "bad", "says"),
+    [
+        (".jsonl", "{", r"t\.jsonl, line 3: not a JSON object \(Expecting"),
+        (".jsonl", "[1]", r"t\.jsonl, line 3: not a JSON object"),
+        (".jsonl", '{"text": "x"}', r"t\.jsonl, line 3: no _id; a line has an id and a text"),
+        (".jsonl", '{"_id": true, "text": "x"}', r"t\.jsonl, line 3: no _id"),
+        (".jsonl", '{"_id": "a", "text": 3}', r"t\.jsonl, line 3: text and title must be text, or null"),
+        (".tsv", "an id alone", r"t\.tsv, line 3: 1 fields; a line is an id, a tab and a text"),
+        (".tsv", "a\tb\tc", r"t\.tsv, line 3: 3 fields"),
+    ],
+)
+def test_a_line_of_a_table_that_is_none_is_named(tmp_path, suffix, bad, says):
+    row: Any = {"_id": "x", "text": "y"} if suffix == ".jsonl" else ("x", "y")
+    path = Path(lines_of(tmp_path, suffix, [row]))
+    table = find_table("document", str(path), "doc_id", {}, {})
+    path.write_text(f"{path.read_text()}{bad}\n")
+    table = replace(table, files=tuple(expand(locate(str(path)), "")))
+    with pytest.raises(InputError, match=says):
+        open_store(table, tmp_path / "cache", LIMIT)
+
+
+def test_a_table_is_of_one_kind_of_file(tmp_path):
+    lines_of(tmp_path, ".tsv", [("a", "x")])
+    write(tmp_path / "t.parquet", pa.table({"doc_id": ["a"], "text": ["x"]}))
+    with pytest.raises(InputError, match=r"t\.parquet and .*t\.tsv are of different kinds: name files of one kind"):
+        find_table("document", str(tmp_path), "doc_id", {}, {})
+    assert find_table("document", str(tmp_path / "*.tsv"), "doc_id", {}, {}).columns == ["0", "1"]
+    with pytest.raises(InputError, match=r"t\.jsonl has no JSON object"):
+        find_table("document", lines_of(tmp_path, ".jsonl", []), "doc_id", {}, {})
 
 
 def test_another_content_another_column_and_another_limit_are_other_stores(tmp_path):

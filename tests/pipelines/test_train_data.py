@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from crossenc.errors import InputError, RunConflictError, StorageError
 from crossenc.loop.lists import LabelStatistics, TokenizedLists
 from crossenc.testing import FakeTokenizer, tiny_checkpoint
-from pipelines import train_data
+from pipelines import train_lists
 from pipelines.mine_formats import Document, Format, MinedQuery, encode
 from pipelines.model import CheckpointModel
 from pipelines.plan import InputFile
@@ -35,11 +35,11 @@ from pipelines.train_data import (
     StoppedError,
     prepare,
     prepare_split,
-    read_lists,
 )
 from pipelines.train_data_config import LabelledData
 from pipelines.train_files import cut_slices, find_columns
 from pipelines.train_files import list_files as list_input
+from pipelines.train_lists import read_lists
 from pipelines.train_slice import SliceContext, add_counts, prepare_slice, read_rows
 from tests.pipelines.support import write
 from tests.support.s3 import S3Server
@@ -232,7 +232,7 @@ def test_a_dataset_that_the_package_datasets_saved_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["pairs", "triplets", "tuples", "lists", "ids", "flagembedding"])
-def test_what_mining_writes_is_read_again(name, tmp_path):
+def test_what_mining_writes_with_scores_is_read_again(name, tmp_path):
     document = {
         text: Document(f"d{n}", text, grade, n / 2)
         for n, (text, grade) in enumerate([("a fox", 2), ("a vixen", 1), ("a dog", 0), ("a cat", 0)])
@@ -687,8 +687,8 @@ def test_a_path_alone_stands_for_data():
 def test_lists_are_read_in_any_order_and_each_part_once(tmp_path, monkeypatch):
     prepared = run(tmp_path, many_pairs(tmp_path), slice_pairs=10, group_default=True)
     reads = []
-    real = train_data.read_bytes
-    monkeypatch.setattr(train_data, "read_bytes", lambda place: reads.append(place) or real(place))
+    real = train_lists.read_bytes
+    monkeypatch.setattr(train_lists, "read_bytes", lambda place: reads.append(place) or real(place))
     order = np.array([29, 0, 15, 0, 7])
     found = read_lists(prepared, order)
     check_lists(
@@ -707,9 +707,10 @@ def test_lists_are_read_in_any_order_and_each_part_once(tmp_path, monkeypatch):
 def test_only_so_many_bytes_of_parts_are_kept(tmp_path, monkeypatch):
     prepared = run(tmp_path, many_pairs(tmp_path), slice_pairs=10)
     reads = []
-    real = train_data.read_bytes
-    monkeypatch.setattr(train_data, "read_bytes", lambda place: reads.append(place) or real(place))
-    monkeypatch.setattr(train_data, "_KEPT_BYTES", 1)
+    real = train_lists.read_bytes
+    monkeypatch.setattr(train_lists, "read_bytes", lambda place: reads.append(place) or real(place))
+    monkeypatch.setattr(train_lists, "_KEPT_BYTES", 1)
+    monkeypatch.setattr(train_lists, "_KEPT_PARTS", 1)
     for _ in range(2):
         for number in range(prepared.num_lists):
             read_lists(prepared, np.array([number]))
@@ -731,7 +732,8 @@ def test_prepared_data_travels_as_json_and_is_read_without_ray(tmp_path):
     prepared = run(tmp_path, many_pairs(tmp_path))
     body = PREPARED.dump_json(prepared)
     assert PREPARED.validate_json(body) == prepared
-    code = "import sys, numpy as np\nfrom pipelines.train_data import PREPARED, read_lists\n"
+    code = "import sys, numpy as np\nfrom pipelines.train_data import PREPARED\n"
+    code += "from pipelines.train_lists import read_lists\n"
     code += "found = read_lists(PREPARED.validate_json(sys.stdin.buffer.read()), np.array([3, 1]))\n"
     code += "assert not {'ray', 'torch'} & set(sys.modules), 'heavy import'\nprint(len(found), found.origins[0])"
     done = subprocess.run([sys.executable, "-c", code], input=body, capture_output=True, check=True)

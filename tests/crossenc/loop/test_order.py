@@ -6,27 +6,59 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crossenc.errors import ConfigError
-from crossenc.loop.order import Order, OrderSettings, batch_ends, epoch_order, micro_batches, share
+from crossenc.loop.order import Order, OrderSettings, Parts, batch_ends, epoch_order, micro_batches, share
 
 
-@given(st.integers(1, 400), st.integers(1, 60), st.integers(0, 5), st.integers(1, 90))
-def test_every_epoch_is_a_permutation_whatever_the_window(num_lists, shuffled, epoch, batch):
-    settings = OrderSettings(batch_lists=batch, shuffled_lists=shuffled, seed=3)
-    assert sorted(epoch_order(num_lists, settings, epoch)) == list(range(num_lists))
+def equal_parts(num_parts: int, num_lists: int, load: float) -> Parts:
+    return Parts(np.full(num_parts, num_lists), np.full(num_parts, load))
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.floats(0.001, 0.5)), min_size=1, max_size=40),
+    st.one_of(st.none(), st.integers(1, 60)),
+    st.integers(0, 5),
+)
+def test_every_epoch_is_a_permutation_whatever_the_parts_and_the_window(parts, shuffled, epoch):
+    sizes, loads = zip(*parts, strict=True)
+    order = epoch_order(Parts(np.array(sizes), np.array(loads)), some(shuffled_lists=shuffled), epoch)
+    assert sorted(order) == list(range(sum(sizes)))
+
+
+def some(**values: int | None) -> OrderSettings:
+    return OrderSettings(**{"batch_lists": 4, "seed": 3, **values})
 
 
 def test_epochs_and_seeds_differ_and_the_same_ones_do_not():
-    orders = [epoch_order(50, OrderSettings(batch_lists=4, seed=s), e).tolist() for s, e in ((1, 0), (1, 1), (2, 0))]
-    assert orders[0] != orders[1] != orders[2] != orders[0]
-    assert epoch_order(50, OrderSettings(batch_lists=4, seed=1), 0).tolist() == orders[0]
+    for parts in (equal_parts(5, 10, 0.1), equal_parts(5, 10, 0.3)):
+        orders = [epoch_order(parts, some(seed=s), e).tolist() for s, e in ((1, 0), (1, 1), (2, 0))]
+        assert orders[0] != orders[1] != orders[2] != orders[0]
+        assert epoch_order(parts, some(seed=1), 0).tolist() == orders[0]
 
 
-def test_lists_are_shuffled_near_each_other_when_a_window_is_set():
-    settings = OrderSettings(batch_lists=4, shuffled_lists=4096)
-    order = epoch_order(65_536, settings, 0)
-    blocks = {tuple(sorted(set((order[start : start + 4096] // 2048).tolist()))) for start in range(0, 65_536, 4096)}
-    assert all(len(found) == 2 for found in blocks), "a window holds two whole blocks of neighbours"
-    assert order[:4096].tolist() != sorted(order[:4096].tolist())
+def test_data_that_a_worker_keeps_is_shuffled_as_a_whole():
+    expected = np.random.default_rng((3, 1)).permutation(7_500).tolist()
+    assert epoch_order(equal_parts(75, 100, 1 / 75), some(), 1).tolist() == expected
+    assert Order(np.ones(7_500, np.int64), some(batch_lists=7_500), 2).batch(1).tolist() == expected
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_of_larger_data_a_worker_needs_no_more_at_once_than_it_keeps_and_each_part_in_one_stretch(seed):
+    loads = np.random.default_rng(seed).uniform(0.02, 0.125, 200)
+    order = epoch_order(Parts(np.full(200, 500), loads), some(seed=seed), 0) // 500
+    places = np.argsort(order, kind="stable").reshape(200, 500)
+    first, last = places[:, 0], places[:, -1]
+    needed = [loads[(first <= place) & (place <= last)].sum() for place in range(0, len(order), 500)]
+    assert max(needed) < 1
+    assert np.mean(needed) > 0.6
+    assert min(len(set(order[start : start + 500].tolist())) for start in range(0, len(order), 500)) >= 4
+    assert np.median([len(set(order[start : start + 16].tolist())) for start in range(0, len(order), 16)]) >= 6
+
+
+def test_fewer_lists_are_shuffled_together_when_a_window_is_set():
+    parts = equal_parts(64, 100, 1 / 64)
+    order = epoch_order(parts, some(shuffled_lists=400), 0) // 100
+    spread = [len(set(order[start : start + 100].tolist())) for start in range(0, 6_400, 100)]
+    assert min(spread) >= 2 and max(spread) <= 7, "four parts, and those on their way in and out"
 
 
 def test_batches_of_tokens_hold_whole_lists_and_no_more_than_fits():
