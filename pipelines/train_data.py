@@ -116,8 +116,9 @@ class PreparedData:
 class PrepareSettings:
     """How to prepare.
 
-    `group_default` is what `LabelledData.group` is where that is None. A task prepares about `slice_pairs` pairs, and a
-    part holds them; by size if absent. At most `workers` tasks run at once; by default as many as the CPUs allow.
+    `group_default` is what `LabelledData.group` is where that is None; the side that a split holds out is grouped then
+    in any case, because rankings are measured on it. A task prepares about `slice_pairs` pairs, and a part holds them;
+    by size if absent. At most `workers` tasks run at once; by default as many as the CPUs allow.
     """
 
     group_default: bool = False
@@ -166,7 +167,7 @@ class _Job:
     files: tuple[FileInfo, ...]
     queries: TextTable | None
     corpus: TextTable | None
-    grouped: bool
+    grouped: tuple[Side, ...]
     validation_share: float
     source: TokenizerSource
     tokenizer: PairTokenizer
@@ -209,7 +210,8 @@ def prepare_split(
 ) -> tuple[PreparedData, PreparedData]:
     """As `prepare`, with a share of the queries held out: what to train on, and what to validate on.
 
-    A query is held out by a hash of its text: the same in all data, whatever its order.
+    A query is held out by a hash of its text: the same in all data, whatever its order. Unless `data.group` says
+    otherwise, its rows that stand together are one list of the held-out side.
     """
     if not 0 < validation_share < 1:
         raise InputError(f"the share to hold out is {validation_share}: give a number between 0 and 1")
@@ -237,7 +239,8 @@ def _resolve(
     files = list_input(data, options)
     tables = [*(queries.files if queries else ()), *(corpus.files if corpus else ())]
     tokenizer: PairTokenizer = source.load_tokenizer()
-    grouped = settings.group_default if data.group is None else data.group
+    judged: tuple[Side, ...] = SIDES[1:] if validation_share else ()
+    grouped = (SIDES[:1] if settings.group_default else ()) + judged if data.group is None else SIDES * data.group
     # Weights do not change tokens: the lists of a model serve all that have its tokenizer.
     digests = {name: digest for name, digest in source.digests().items() if not name.endswith(".safetensors")}
     depends_on = plans.describe_parts(
@@ -306,7 +309,7 @@ def _context(job: _Job, plan: _Plan) -> SliceContext:
         folder=job.folder,
         inputs=plan.inputs,
         columns=plan.columns,
-        grouped=job.grouped and plan.columns.is_single,
+        grouped=job.grouped if plan.columns.is_single else (),
         max_documents=job.data.max_documents,
         validation_share=job.validation_share,
         queries=job.queries,
@@ -324,7 +327,7 @@ def _context(job: _Job, plan: _Plan) -> SliceContext:
 def _new_plan(job: _Job) -> _Plan:
     """Cuts the input into slices and stores that; returns the stored plan: another writer's, if that came first."""
     columns = find_columns(job.data, job.files)
-    grouped = job.grouped and columns.is_single
+    grouped = bool(job.grouped) and columns.is_single
     slices = cut_slices(job.files, columns, grouped, job.settings.slice_pairs)
     num_rows = [sum(entry.num_rows for entry in slices if entry.file == index) for index in range(len(job.files))]
     inputs = tuple(

@@ -24,7 +24,7 @@ class LabelledData(BaseModel):
     queries: Annotated[str | None, Field(description="table query_id, text (ids, and triples of ids)")] = None
     corpus: Annotated[str | None, Field(description="table doc_id, text[, title] (ids, and triples of ids)")] = None
     group: Annotated[
-        bool | None, Field(description="rows of one query that stand together are a list; as the loss needs by default")
+        bool | None, Field(description="rows of one query that stand together are a list; as loss, or validation, need")
     ] = None
     max_documents: Annotated[int | None, Field(ge=1, description="of a list; positives are kept first")] = None
 

@@ -5,6 +5,7 @@ Everything here is a function of what is stored, so it can be done again after a
 
 import hashlib
 import json
+import math
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -127,12 +128,12 @@ def confirm(output: Location) -> Finished:
 
 
 def _result(best: Checkpoint, last: Checkpoint) -> Finished:
-    judged = [point for point in last.logs if "validation_loss" in point.values]
-    if not judged:
-        return Finished(best.step, last.num_steps, "", None, None)
-    measure = MEASURES[0] if MEASURES[0] in judged[0].values else "validation_loss"
-    values = {point.step: point.values[measure] for point in judged}
-    return Finished(best.step, last.num_steps, measure.replace("_", " "), values[best.step], values.get(0))
+    for measure in (MEASURES[0], "validation_loss"):
+        found = ((point.step, point.values.get(measure, math.nan)) for point in last.logs)
+        values = {step: value for step, value in found if math.isfinite(value)}
+        if best.value is not None and values:
+            return Finished(best.step, last.num_steps, measure.replace("_", " "), values[best.step], values.get(0))
+    return Finished(best.step, last.num_steps, "", None, None)
 
 
 def _lineage(run: TrainRun, best: Checkpoint) -> dict[str, str]:

@@ -75,12 +75,12 @@ class TokenizerSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SliceContext:
-    """What every slice needs to know."""
+    """What every slice needs to know. `grouped` are the sides where neighbouring rows of one query are a list."""
 
     folder: Location
     inputs: tuple[InputFile, ...]
     columns: LabelledColumns
-    grouped: bool
+    grouped: tuple[Side, ...]
     max_documents: int | None
     validation_share: float
     queries: TextTable | None
@@ -174,6 +174,7 @@ class _List:
     """A list in the making."""
 
     key: object
+    side: Side
     query: str
     row: int
     documents: list[str]
@@ -232,14 +233,15 @@ class _SliceWork:
         if not kept:
             self.refused_rows[refused[-1].reason] += 1
             self.num_in_refused_rows += len(row.documents) - len(documents_refused)
-        grouped = self.context.grouped
-        if self._open is not None and not (grouped and self._open.key == row.key):
+        if self._open is not None and not (self._open.side in self.context.grouped and self._open.key == row.key):
             self.close()
         if not kept:
             return
         self.num_rows_used += 1
         if self._open is None:
-            self._open = _List(row.key, row.query[0] or "", row.row, [], [], [], [])
+            query = row.query[0] or ""
+            side = side_of(query, self.context.validation_share)
+            self._open = _List(row.key, side, query, row.row, [], [], [], [])
         self._open.weights.append(row.weight or 0.0)
         for item in kept:
             label = row.labels[item] or 0.0
@@ -258,7 +260,7 @@ class _SliceWork:
             first = sorted(chosen, key=lambda place: not done.is_positive[place])
             chosen = sorted(first[:most])
             self.num_left_out += len(done.documents) - most
-        self.sides[side_of(done.query, self.context.validation_share)].add(done, chosen)
+        self.sides[done.side].add(done, chosen)
 
     def counts(self) -> SliceCounts:
         return SliceCounts(

@@ -112,6 +112,26 @@ def order_settings(config: TrainConfig) -> OrderSettings:
     )
 
 
+def judge(values: Mapping[str, float], is_ranked: bool) -> tuple[float | None, str]:
+    """What a checkpoint is chosen by, higher is better, out of what validation found; and what people should know.
+
+    `is_ranked` says whether the model gives one score, by which documents can be ranked.
+    """
+    if MEASURES[0] in values:
+        return values[MEASURES[0]], ""
+    loss = values.get("validation_loss", math.nan)
+    if not math.isfinite(loss):
+        return None, (
+            "validation cannot judge this checkpoint: no list has documents of different grades (whole numbers from 0),"
+            " and their loss is no finite number; give other validation data, or the last checkpoint becomes the model"
+        )
+    note = (
+        "validation measures no ranking, because no list has documents of different grades (whole numbers from 0):"
+        " the checkpoint with the lowest validation loss becomes the model"
+    )
+    return -loss, note if is_ranked else ""
+
+
 class _Worker:
     """One worker's part in a run, from the newest checkpoint on."""
 
@@ -135,6 +155,7 @@ class _Worker:
         self._started = self._stored_at = self._looked_at = time.monotonic()
         self._seconds_before = self._state.seconds
         self._is_told = False  # of a node that will be taken back
+        self._notes: set[str] = set()  # on validation, that people have read
 
     def close(self) -> None:
         if self._writer is not None:
@@ -219,7 +240,10 @@ class _Worker:
             for start in range(0, len(own), _VALIDATED_LISTS)
         )
         values = validate(self._model, parts, self._objective)
-        value = values.get(MEASURES[0], -values["validation_loss"])
+        value, note = judge(values, is_ranked=self._objective.needs_num_labels_one)
+        if note and note not in self._notes:
+            self._notes.add(note)
+            self._say(note)
         self._state = replace(self._state, value=value)
         self._add_point({**values, "seconds": self._seconds()})
         if self._is_first:

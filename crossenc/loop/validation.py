@@ -3,7 +3,6 @@
 Each worker judges a share of the lists; the sums of all workers are the result.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
@@ -30,8 +29,8 @@ def validate(
 ) -> dict[str, float]:
     """The loss under "validation_loss" and, where labels are grades, the mean of each of MEASURES.
 
-    `parts` are this worker's lists. Measures are means over lists with a relevant document; labels that are not whole
-    numbers from 0 are no grades. All workers get the same result.
+    `parts` are this worker's lists. Measures are means over lists with documents of different grades; labels that are
+    not whole numbers from 0 are no grades. A mean over nothing is left out. All workers get the same result.
     """
     engine = model.training_engine.with_limits(nn.Identity(), None)
     sums = torch.zeros(4 + len(MEASURES), dtype=torch.float64)
@@ -51,7 +50,7 @@ def validate(
         dist.all_reduce(on_device)
         sums = on_device.cpu()
     value, weight, num_lists, num_ungraded = sums[:4].tolist()
-    result = {"validation_loss": value / weight if weight else math.nan}
+    result = {"validation_loss": value / weight} if weight else {}
     if num_lists and not num_ungraded:
         result |= {name: total / num_lists for name, total in zip(MEASURES, sums[4:].tolist(), strict=True)}
     return result
@@ -63,7 +62,7 @@ def are_grades(labels: NDArray[np.float32]) -> bool:
 
 
 def measured(scores: NDArray[np.float32], lists: TokenizedLists) -> NDArray[np.float64]:
-    """MEASURES of each list with a relevant document, float64 [n, measures].
+    """MEASURES of each list with documents of different grades, float64 [n, measures]: others have no better ranking.
 
     Documents with equal scores stand with the worse ones first: a model that cannot tell them apart earns nothing.
     """
@@ -72,7 +71,7 @@ def measured(scores: NDArray[np.float32], lists: TokenizedLists) -> NDArray[np.f
     ends = np.cumsum(lists.sizes)
     for number, (end, size) in enumerate(zip(ends.tolist(), lists.sizes.tolist(), strict=True)):
         labels = lists.labels[end - size : end]
-        if labels.max(initial=0) > 0:
+        if len(set(labels.tolist())) > 1:
             order = np.lexsort((labels, -scores[end - size : end].astype(np.float64)))
             run[str(number)] = [str(place) for place in order]
             qrels[str(number)] = {str(place): int(label) for place, label in enumerate(labels)}

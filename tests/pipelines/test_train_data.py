@@ -350,10 +350,15 @@ def test_a_split_holds_queries_out_whatever_the_layout(tmp_path):
     assert queries_of(train) | queries_of(validation) == set(queries) == queries_of(whole)
     assert not queries_of(train) & queries_of(validation)
     lines = LabelledData(files=many_pairs(tmp_path, ".jsonl", num_queries=60))
-    again = prepare_split(lines, locate(str(tmp_path / "lines")), fake, 0.25, settings=PrepareSettings())[1]
+    pairs, again = prepare_split(lines, locate(str(tmp_path / "lines")), fake, 0.25, settings=PrepareSettings())
     rows = [json.loads(line)["query"] for line in Path(lines.uris[0]).read_text().splitlines()]
     assert {rows[int(origin.rpartition(" ")[2])] for origin in everything(again).origins} == queries_of(validation)
     assert (train, validation) == prepare_split(LabelledData(files=path), out, fake, 0.25, settings=options)
+    assert pairs.num_lists == pairs.num_rows == train.num_pairs, "trained on as pairs"
+    assert everything(again).sizes.tolist() == everything(validation).sizes.tolist(), "judged as whole lists"
+    alone = lines.model_copy(update={"group": False})
+    found = prepare_split(alone, locate(str(tmp_path / "alone")), fake, 0.25, settings=options)[1]
+    assert found.num_lists == found.num_rows == validation.num_pairs, "unless the job wants pairs"
     with pytest.raises(InputError, match="no list for validation in 3 rows"):
         data = LabelledData(files=write(tmp_path / "few.parquet", pa.table(PAIRS)))
         prepare_split(data, locate(str(tmp_path / "few")), fake, 0.001, settings=PrepareSettings())
@@ -601,7 +606,7 @@ def test_every_row_and_document_is_used_or_refused(tmp_path, rows, slice_pairs, 
         folder=locate(str(folder)),
         inputs=(InputFile(files[0].location.uri, files[0].num_bytes, files[0].version, 0),),
         columns=columns,
-        grouped=False,
+        grouped=(),
         max_documents=max_documents,
         validation_share=0.5,
         queries=None,
