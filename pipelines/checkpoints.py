@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from crossenc.errors import RunConflictError, StorageError
 from pipelines.plan import RUN_FOLDER
@@ -42,17 +42,19 @@ class Checkpoint:
     """The record of a checkpoint: everything that training goes on from, but for the tensors.
 
     `step` counts finished steps of `num_steps`. `loss_sum` of `num_loss_steps` steps waits for the next point of the
-    curve. `loss_scaler` is float16's. `value` is what checkpoints are chosen by, higher is better; None where this one
-    was not validated. `seconds` is the time spent in training so far, over all attempts; `forward_kind` tells people
-    how passes were computed.
+    curve. `loss_scaler` is float16's; its whole numbers stay whole. `value` is what checkpoints are chosen by, higher
+    is better; None where validation did not judge this one. `seconds` is the time spent in training so far, over all
+    attempts; `forward_kind` tells people how passes were computed.
     """
+
+    __pydantic_config__ = ConfigDict(ser_json_inf_nan="strings")  # JSON has no NaN and no infinity
 
     fingerprint: str
     step: int
     num_steps: int
     loss_sum: float
     num_loss_steps: int
-    loss_scaler: Mapping[str, float]
+    loss_scaler: Mapping[str, int | float]
     value: float | None
     seconds: float
     forward_kind: str
@@ -104,7 +106,7 @@ def store(
     record = replace(checkpoint, weights=stored["weights"], optimizer=stored["optimizer"])
     place = _place(output, checkpoint.step)
     found = _parse(put_new(place, _RECORD.dump_json(record)), place, checkpoint.fingerprint)
-    if found != record:
+    if found.weights != record.weights:
         delete([output / file.path for file in (record.weights, record.optimizer)])
     return found
 

@@ -77,7 +77,8 @@ class TrainProgress:
         if logs.is_display(self._stream):
             self.say(f"epoch {point.epoch:.2f} · step {point.step:,} · {values}")
         else:
-            self._write({"event": "validation", "epoch": point.epoch, "step": point.step, **_measures(point)})
+            measures = {name: value if math.isfinite(value) else None for name, value in _measures(point).items()}
+            self._write({"event": "validation", "epoch": point.epoch, "step": point.step, **measures})
 
     def say(self, text: str) -> None:
         """Shows one line."""
