@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from crossenc.checkpoint import ADAPTER_FILE, fetch
 from crossenc.errors import CheckpointError, ConfigError
+from crossenc.modules import Transformer
 
 if TYPE_CHECKING:
     from crossenc.model import CrossEncoder
@@ -38,13 +39,10 @@ class AdapterMixin:
         cross_encoder, model = cast("CrossEncoder", self), self.transformers_model
         base_of(cross_encoder)
         if cross_encoder.head_is_new:
-            head = {
-                name for name, child in model.named_children() if name != model.base_model_prefix and has_own(child)
-            }
-            forgotten = head - set(getattr(adapter_config, "modules_to_save", None) or ())
-            if forgotten:
+            head = head_modules(cross_encoder)
+            if set(head) - set(getattr(adapter_config, "modules_to_save", None) or ()):
                 raise ConfigError(
-                    f"the head is new, and an adapter without it would freeze it: set modules_to_save={sorted(head)}"
+                    f"the head is new, and an adapter without it would freeze it: set modules_to_save={head}"
                 )
         model.add_adapter(adapter_config, adapter_name)
 
@@ -166,6 +164,18 @@ def save_adapter(model: "CrossEncoder", folder: Path) -> None:
     settings = json.loads((folder / ADAPTER_FILE).read_bytes())
     settings |= {"base_model_name_or_path": name, "revision": revision}
     (folder / ADAPTER_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True))
+
+
+def head_modules(model: "CrossEncoder") -> list[str]:
+    """The children of a classification model that are its head: what an adapter names as `modules_to_save` to train it.
+
+    Other models have none there: their heads are layers of their own, which adapters leave alone.
+    """
+    first, inner = model[0], model.transformers_model
+    assert isinstance(first, Transformer)
+    if first.task != "sequence-classification":
+        return []
+    return sorted(name for name, child in inner.named_children() if name != inner.base_model_prefix and has_own(child))
 
 
 def has_own(module: nn.Module) -> bool:

@@ -41,7 +41,7 @@ class LossConfig(BaseModel):
 
 
 class LoraConfig(_Settings):
-    """Low-rank adapters that are trained in the place of the backbone's weights (needs peft)."""
+    """Low-rank adapters that are trained with the head, in the place of the backbone's weights (needs peft)."""
 
     rank: Annotated[int, Field(ge=1)] = 8
     alpha: Annotated[float, Field(gt=0)] = 16

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from crossenc.adapters import head_modules
 from crossenc.errors import ConfigError
 from crossenc.layout import load_config
 from crossenc.loop.optimizer import freeze_lowest
@@ -59,5 +60,6 @@ def _add_lora(model: CrossEncoder, lora: LoraConfig) -> None:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=list(lora.target_modules) if lora.target_modules else None,
+        modules_to_save=head_modules(model) or None,
     )
     model.add_adapter(settings)
