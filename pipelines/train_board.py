@@ -52,6 +52,7 @@ class Board:
     def __init__(self) -> None:
         self._news = News(Figures(), (), (), None)
         self._stop = False
+        self._errors: set[str] = set()
 
     def post(self, figures: Figures) -> bool:
         """Takes the latest figures; says whether training is to stop."""
@@ -69,6 +70,12 @@ class Board:
         """The first ending counts."""
         if self._news.ending is None:
             self._news = replace(self._news, ending=ending)
+
+    def comes_again(self, error: str) -> bool:
+        """Takes an error of a worker, with its place; says whether that was there before."""
+        is_known = error in self._errors
+        self._errors.add(error)
+        return is_known
 
     def ending(self) -> Ending | None:
         return self._news.ending

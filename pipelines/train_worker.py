@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +21,7 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.train.collective import barrier, broadcast_from_rank_zero
+from torch import distributed as dist
 
 from crossenc.errors import CrossEncError
 from crossenc.loop.learner import Learner, LearnerSettings, StepResult
@@ -41,7 +43,7 @@ from pipelines.checkpoints import Checkpoint, CheckpointWriter, LogPoint
 from pipelines.logs import Logs, note
 from pipelines.logs import begin as begin_logs
 from pipelines.model import CheckpointModel
-from pipelines.storage import Location, put
+from pipelines.storage import Location, put, redact
 from pipelines.train_batches import Batch, Lists, read_ahead
 from pipelines.train_board import Ending, Figures
 from pipelines.train_config import TrainConfig
@@ -50,6 +52,8 @@ from pipelines.train_lists import expect_lists, parts_of, read_lists
 from pipelines.train_model import build
 
 logger = logging.getLogger(__name__)
+#: Errors of the program and its data. Lost workers and connections make others, which starting again cures.
+_LASTING_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError)
 #: Tokens in a forward pass, unless the job says otherwise.
 _CPU_TOKENS, _CUDA_TOKENS = 8_192, 65_536
 #: Lists validated at a time.
@@ -82,8 +86,10 @@ def train_worker(task: TrainTask) -> None:
     torch.set_num_threads(task.threads)
     rank = ray.train.get_context().get_world_rank()
     note(logger, "begun", stage="train", worker=rank)
+    worker: _Worker | None = None
     try:
-        with contextlib.closing(_Worker(task)) as worker:
+        worker = _Worker(task)
+        with contextlib.closing(worker):
             worker.run()
         barrier()  # the first one's last checkpoint is stored before any of them leaves
     except CrossEncError as error:
@@ -95,6 +101,24 @@ def train_worker(task: TrainTask) -> None:
         message = f"a worker's device ran out of memory: set workers.max_tokens, now {most:,}, lower"
         ray.get(task.board.end.remote(Ending("failed", f"{message}, and run the same command again")))
         raise
+    except _LASTING_ERRORS as error:
+        # Where workers are being ended their group goes first, and what they trip over then says nothing.
+        if dist.is_initialized():
+            _end_if_it_comes_again(task, error, f"worker {rank}, after step {worker.step if worker else 0:,}")
+        raise
+
+
+def _end_if_it_comes_again(task: TrainTask, error: Exception, place: str) -> None:
+    """Ends the run where a restart led to the same error."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    what = redact(f"{type(error).__name__}: {error}")
+    if ray.get(task.board.comes_again.remote(f"{place}: {what}")):
+        note(logger, what, logging.ERROR, stage="train")
+        message = (
+            f"{what} ({place}, in {frame.filename}:{frame.lineno}), and again after a restart: correct the settings or"
+            " the data that it names, or report it as a bug"
+        )
+        ray.get(task.board.end.remote(Ending("failed", message)))
 
 
 def max_tokens(config: TrainConfig, device: torch.device) -> int:
@@ -156,6 +180,11 @@ class _Worker:
         self._seconds_before = self._state.seconds
         self._is_told = False  # of a node that will be taken back
         self._notes: set[str] = set()  # on validation, that people have read
+
+    @property
+    def step(self) -> int:
+        """Finished steps."""
+        return self._state.step
 
     def close(self) -> None:
         if self._writer is not None:

@@ -206,12 +206,14 @@ def objective(name: str, parameters: Mapping[str, Any] | None = None) -> Objecti
 def objective_problems(objective: Objective, statistics: LabelFigures, num_labels: int) -> list[str]:
     """Sentences, none as a rule, on what cannot work when these labels train a model with `num_labels` outputs.
 
-    Each names the remedy. Raises ConfigError where the loss and the model's number of labels exclude each other.
+    Each names the remedy. Raises ConfigError where the loss and the model's number of labels exclude each other, or
+    labels are no classes of the model.
     """
     check_num_labels(objective, num_labels)
+    _check_classes(objective, statistics, num_labels)
     problems = [_activation_problem(objective, statistics)]
     if not objective.parameters.get("respect_input_order"):  # or else labels are not looked at
-        problems += [_range_problem(objective, statistics, num_labels), _spread_problem(objective, statistics)]
+        problems += [_range_problem(objective, statistics), _spread_problem(objective, statistics)]
     return [problem for problem in problems if problem]
 
 
@@ -235,6 +237,19 @@ def check_num_labels(objective: Objective, num_labels: int) -> None:
         )
 
 
+def _check_classes(objective: Objective, statistics: LabelFigures, num_labels: int) -> None:
+    """Raise ConfigError where labels are to be classes and the figures tell that some are none."""
+    name, low, high = objective.name, statistics.minimum, statistics.maximum
+    if not objective.needs_num_labels_one and not _are_classes(
+        statistics, num_labels, objective.parameters["ignore_index"]
+    ):
+        raise ConfigError(
+            f"the labels go from {low:g} to {high:g}, and {name} takes the numbers of classes, whole numbers from 0 to "
+            f"{num_labels - 1}: renumber the classes, load the model with a label for each, or for degrees take the "
+            "loss binary_cross_entropy or mse"
+        )
+
+
 def _activation_problem(objective: Objective, statistics: LabelFigures) -> str:
     """What an activation over the scores makes impossible."""
     name, activation = objective.name, objective.parameters["activation"]
@@ -253,7 +268,7 @@ def _activation_problem(objective: Objective, statistics: LabelFigures) -> str:
     return ""
 
 
-def _range_problem(objective: Objective, statistics: LabelFigures, num_labels: int) -> str:
+def _range_problem(objective: Objective, statistics: LabelFigures) -> str:
     """What the values of the labels make impossible."""
     name, low, high = objective.name, statistics.minimum, statistics.maximum
     labels = f"the labels go from {low:g} to {high:g}"
@@ -267,12 +282,6 @@ def _range_problem(objective: Objective, statistics: LabelFigures, num_labels: i
             f"{labels}, like a teacher's logits, and {name} takes labels from 0 to 1: take the loss mse, margin_mse or "
             "kl_distillation, or put the labels through a sigmoid"
         )
-    if name == "cross_entropy" and not _are_classes(statistics, num_labels, objective.parameters["ignore_index"]):
-        return (
-            f"{labels}, and {name} takes the numbers of classes, whole numbers from 0 to {num_labels - 1}: renumber "
-            "the classes, load the model with a label for each, or for degrees take the loss binary_cross_entropy or "
-            "mse"
-        )
     return ""
 
 
@@ -281,6 +290,8 @@ def _are_classes(statistics: LabelFigures, num_labels: int, ignore_index: int) -
     low, high, num_distinct = statistics.minimum, statistics.maximum, statistics.num_distinct
     if low == ignore_index:
         low, num_distinct = 0, num_distinct - 1
+    if high == ignore_index:  # which hides the highest class
+        high, num_distinct = num_labels - 1, num_distinct - 1
     # With more values than there are whole numbers in their range, some lie between.
     return low >= 0 and high < num_labels and _is_whole(low) and _is_whole(high) and num_distinct <= high - low + 1
 

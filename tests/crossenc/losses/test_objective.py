@@ -427,10 +427,6 @@ def test_labels_of_0_and_1_in_every_list_are_no_problem_for_any_loss(name: str):
             "from 0 to 3, like grades.*divide .* or take the loss lambda",
         ),
         ("list_net", {}, Figures(1.0, 1.0, 1.0, 1), "every label is 1, .* nothing to learn.*mined negatives"),
-        ("cross_entropy", {}, Figures(maximum=3.0), "from 0 to 3, and cross_entropy .* from 0 to 2: renumber"),
-        ("cross_entropy", {}, Figures(minimum=-1.0), "from -1 to 1, and cross_entropy takes the numbers of classes"),
-        ("cross_entropy", {}, Figures(maximum=0.5), "from 0 to 0.5, and cross_entropy takes the numbers of classes"),
-        ("cross_entropy", {}, Figures(num_distinct=3), "whole numbers from 0 to 2"),
         ("rank_net", {}, Figures(num_single_label_lists=51), "51 of 100 lists hold one document or one label value"),
         ("localized_contrastive", {}, Figures(-3.0, -0.5, -1.0, 9, 0), "no label is above 0.*kl_distillation"),
         ("lambda", {}, Figures(-3.0, -0.5, -1.0, 9, 0), "no label is above 0, and lambda looks"),
@@ -438,7 +434,7 @@ def test_labels_of_0_and_1_in_every_list_are_no_problem_for_any_loss(name: str):
 )
 def test_each_problem_is_named_with_its_remedy(name: str, parameters: dict, figures: Figures, expected: str):
     loss = objective(name, parameters)
-    (problem,) = objective_problems(loss, figures, 1 if loss.needs_num_labels_one else 3)
+    (problem,) = objective_problems(loss, figures, 1)
     assert re.search(expected, problem), problem
 
 
@@ -451,12 +447,27 @@ def test_each_problem_is_named_with_its_remedy(name: str, parameters: dict, figu
         ("rank_net", {}, Figures(num_single_label_lists=50)),
         ("lambda", {"weighting_scheme": "none"}, Figures(-3.0, -0.5, -1.0, 9, 0)),
         ("cross_entropy", {}, Figures(minimum=-100.0, num_distinct=3)),  # some are ignored
+        ("cross_entropy", {"ignore_index": 9}, Figures(maximum=9.0, num_distinct=3)),
         ("list_mle", {"respect_input_order": True}, Figures(0.0, 0.0, 0.0, 1, 0, 100, 100)),
     ],
 )
 def test_what_works_is_not_complained_of(name: str, parameters: dict, figures: Figures):
     loss = objective(name, parameters)
     assert objective_problems(loss, figures, 1 if loss.needs_num_labels_one else 2) == []
+
+
+@pytest.mark.parametrize(
+    ("figures", "message"),
+    [
+        (Figures(maximum=3.0), "from 0 to 3, and cross_entropy .* from 0 to 2: renumber"),
+        (Figures(minimum=-1.0), "from -1 to 1, and cross_entropy takes the numbers of classes"),
+        (Figures(maximum=0.5), "from 0 to 0.5, and cross_entropy takes the numbers of classes"),
+        (Figures(num_distinct=3), "whole numbers from 0 to 2"),
+    ],
+)
+def test_labels_that_are_no_classes_of_the_model_are_refused(figures: Figures, message: str):
+    with pytest.raises(ConfigError, match=message):
+        objective_problems(objective("cross_entropy"), figures, 3)
 
 
 def test_several_problems_are_all_told():
