@@ -305,9 +305,14 @@ class _Worker:
 
     def _fail(self, batch: Batch, result: StepResult) -> None:
         """Keeps the batch that gave no number, for people to look at."""
-        what = "the loss" if not math.isfinite(result.loss) else "the gradient"
+        what, remedy = "the loss", "lower learning_rate"
+        if math.isfinite(result.loss):
+            what = "the gradient"
+            if self._learner.scaler.is_enabled():
+                what += ", in float16 and with the loss scaled below 1,"
+                remedy += " or take dtype: bfloat16"
         step = batch.step + 1
-        if result.is_guilty or self._is_first:
+        if result.is_guilty:
             place = self._task.output / f"{FAILED_BATCH_FOLDER}/step-{step:08d}-worker-{self._rank}.json"
             put(place, json.dumps(list(_shown(batch.lists, self._model.tokenizer)), indent=1).encode())
         barrier()
@@ -315,8 +320,8 @@ class _Worker:
             Ending(
                 "failed",
                 f"{what} is not a finite number at step {step:,}; its lists are in"
-                f" {self._task.output / FAILED_BATCH_FOLDER}: look for labels out of range, or lower learning_rate,"
-                " and start over with --new-run",
+                f" {self._task.output / FAILED_BATCH_FOLDER}: look for labels out of range, or {remedy}, and start over"
+                " with --new-run",
             )
         )
 

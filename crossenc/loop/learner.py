@@ -44,8 +44,8 @@ class LearnerSettings:
 class StepResult:
     """What a step came to, the same on all workers but for `is_guilty`.
 
-    Unless `is_finite` no weight was changed, and `is_guilty` says whether this worker's lists are why. `wishes` are
-    those that any worker has.
+    Unless `is_finite` no weight was changed, and `is_guilty` says whether this worker's lists may be why: each worker
+    knows its own loss, and of gradients only the sum. `wishes` are those that any worker has.
     """
 
     loss: float
@@ -132,14 +132,22 @@ class Learner:
         norm, is_finite = math.nan, math.isfinite(loss)
         if is_finite:
             norm = self._gradient_norm(num_lists * self._num_workers / weight if weight else 0.0)
-            # Half precision overflows now and then: the scaler leaves such a step out and scales less.
-            is_finite = math.isfinite(norm) or self.scaler.is_enabled()
+            is_finite = math.isfinite(norm) or self._skips_overflows()
+            is_guilty = not is_finite
         if is_finite:
             for group in self.optimizer.param_groups:
                 group["lr"] = group["base_lr"] * rate
             self.scaler.step(self.optimizer)
             self.scaler.update()
         return StepResult(loss, norm, is_finite, tuple(map(bool, wished)), is_guilty)
+
+    def _skips_overflows(self) -> bool:
+        """Whether a gradient that is no number may be half precision's own, of a loss that is scaled up too far.
+
+        The scaler leaves such a step out and scales less in the next one. With a scale below 1 the gradient itself is
+        what does not fit.
+        """
+        return self.scaler.is_enabled() and self.scaler.get_scale() >= 1
 
     def _gradient_norm(self, factor: float) -> float:
         """Multiply gradients by `factor` and clip them; returns the norm before clipping."""

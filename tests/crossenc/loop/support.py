@@ -43,7 +43,8 @@ def make_learner(model, lists, loss="binary_cross_entropy", optimizer=adamw, **s
         groups = parameter_groups(model, learning_rate=1e-3, head_learning_rate=None, weight_decay=0.01)
         return optimizer(groups)
 
-    return Learner(model, objective(loss), make, LearnerSettings(**{"max_tokens": 10_000, **settings}), lists)
+    loss = objective(loss) if isinstance(loss, str) else loss
+    return Learner(model, loss, make, LearnerSettings(**{"max_tokens": 10_000, **settings}), lists)
 
 
 def weights_of(model) -> dict:

@@ -21,6 +21,7 @@ from crossenc.loop.optimizer import (
     trained_weights,
 )
 from crossenc.loop.order import share
+from crossenc.losses import LossSum
 from tests.crossenc.loop.support import adamw, make_learner, make_lists, tiny_model, weights_of
 from tests.support.s3 import free_port
 
@@ -146,6 +147,29 @@ def test_a_loss_that_is_no_number_changes_no_weight_and_says_whose_lists_it_was(
     labels[0] = math.nan
     result = learner.step(0, replace(lists, labels=labels), len(lists), rate=1.0)
     assert (result.is_finite, result.is_guilty) == (False, True)
+    assert same(before, weights_of(model), 0.0)
+
+
+def steep_loss(scores, labels, mask, weights) -> LossSum:
+    """Zero, with a gradient that is infinite."""
+    return LossSum((scores - scores.detach()).clamp(min=0).sqrt().sum(), weights.sum())
+
+
+def test_any_workers_lists_may_be_why_a_gradient_is_no_number(tmp_path):
+    model = tiny_model(tmp_path / "model")
+    lists = make_lists(model, SIZES)
+    result = make_learner(model, lists, steep_loss).step(0, lists, len(lists), rate=1.0)
+    assert (result.loss, result.is_finite, result.is_guilty) == (0.0, False, True)
+
+
+def test_half_precision_gives_up_once_its_loss_is_scaled_below_one(tmp_path):
+    model = tiny_model(tmp_path / "model")
+    lists = make_lists(model, [2])
+    learner = make_learner(model, lists, steep_loss)
+    learner.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = weights_of(model)
+    found = [learner.step(step, lists, 1, rate=1.0).is_finite for step in range(4)]
+    assert found == [True, True, True, False], "left out at scales of 4, 2 and 1, and no more at 1/2"
     assert same(before, weights_of(model), 0.0)
 
 
