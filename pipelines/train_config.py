@@ -56,7 +56,7 @@ class WorkersConfig(_Settings):
 
     count: Annotated[int, Field(ge=1, le=4096, description="workers")] = 1
     min_count: Annotated[int | None, Field(ge=1, description="go on with so few where nodes are lost")] = None
-    gpus: Annotated[float, Field(ge=0, le=1, description="GPUs of each worker")] = 0
+    gpus: Annotated[float, Field(ge=0, le=1, description="GPUs of each worker; a part of one for a single worker")] = 0
     cpus: Annotated[float | None, Field(gt=0, description="CPUs, and torch threads, of each worker")] = None
     max_tokens: Annotated[int | None, Field(ge=1, description="tokens in one forward pass of a worker")] = None
     max_failures: Annotated[int, Field(ge=0, description="deaths of workers before the job ends with an error")] = 20
@@ -65,6 +65,11 @@ class WorkersConfig(_Settings):
     def _ordered(self) -> "WorkersConfig":
         if self.min_count is not None and self.min_count > self.count:
             raise ValueError(f"min_count {self.min_count} is above count {self.count}")
+        if 0 < self.gpus <= 0.5 and self.count > 1:
+            raise ValueError(
+                f"two workers with gpus {self.gpus:g} share a device, where NCCL exchanges no gradients: set gpus: 1,"
+                " or count: 1"
+            )
         return self
 
 

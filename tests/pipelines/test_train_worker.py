@@ -9,6 +9,7 @@ import torch
 from pipelines import train_worker
 from pipelines.logs import Logs
 from pipelines.train_board import Board
+from pipelines.train_config import WorkersConfig
 from pipelines.train_worker import judge
 
 
@@ -78,3 +79,9 @@ def test_an_error_that_comes_again_at_the_same_step_ends_the_run_with_its_words(
 )
 def test_lost_connections_and_workers_never_end_a_run(attempt, error, has_group):
     assert [attempt(error, 3, has_group) for _ in range(3)] == [None] * 3
+
+
+def test_workers_that_would_share_a_device_are_refused():
+    with pytest.raises(ValueError, match=r"gpus 0\.5 share a device.*set gpus: 1, or count: 1"):
+        WorkersConfig(count=2, gpus=0.5)
+    assert WorkersConfig(gpus=0.5).gpus == 0.5 and WorkersConfig(count=2, gpus=0.75).count == 2
