@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TextIO
 
@@ -56,6 +56,7 @@ from pipelines.train_data import (
     PrepareProgress,
     PrepareSettings,
     StoppedError,
+    check_prepared,
     prepare,
     prepare_split,
 )
@@ -185,6 +186,7 @@ def train(
     if stored is not None:
         plans.check_unchanged(stored.parts, job.parts, job.output)
         if exists(job.output / SUCCESS_FILE):
+            _check_data(job)
             result = train_finish.confirm(job.output)
             return Outcome("already done", job.output, "nothing to do: this run is finished", result)
     probe(job.output)
@@ -264,14 +266,31 @@ def _begin(job: TrainJob) -> float:
     return found.started
 
 
+def _prepare_settings(job: TrainJob, *, is_judged: bool = False) -> PrepareSettings:
+    """How training data is prepared, or data that rankings are judged on."""
+    return PrepareSettings(
+        group_default=is_judged or not job.objective.is_pointwise,
+        max_text_bytes=job.config.max_text_bytes,
+        storage_options=dict(job.config.storage_options),
+    )
+
+
+def _check_data(job: TrainJob) -> None:
+    """Raises RunConflictError where a finished run has read other files than there are now; reads none itself."""
+    config, folder, settings = job.config, job.output / DATA_FOLDER, _prepare_settings(job)
+    if isinstance(config.validation, float):
+        check_prepared(config.train, folder, job.model, config.validation, settings=settings)
+        return
+    check_prepared(config.train, folder / "train", job.model, settings=settings)
+    if config.validation is not None:
+        judged = _prepare_settings(job, is_judged=True)
+        check_prepared(config.validation, folder / "validation", job.model, settings=judged)
+
+
 def _prepared(job: TrainJob, started: float, display: TrainProgress, should_stop: Callable[[], bool]) -> TrainRun:
     """The job with its data, prepared now or earlier."""
     config, folder = job.config, job.output / DATA_FOLDER
-    settings = PrepareSettings(
-        group_default=not job.objective.is_pointwise,
-        max_text_bytes=config.max_text_bytes,
-        storage_options=dict(config.storage_options),
-    )
+    settings = _prepare_settings(job)
 
     def show(progress: PrepareProgress) -> None:
         text = f"{progress.num_rows:,} rows · {progress.num_pairs:,} pairs"
@@ -285,7 +304,7 @@ def _prepared(job: TrainJob, started: float, display: TrainProgress, should_stop
     else:
         train = prepare(config.train, folder / "train", job.model, settings=settings, **watch)
         if config.validation is not None:
-            judged = replace(settings, group_default=True)
+            judged = _prepare_settings(job, is_judged=True)
             validation = prepare(config.validation, folder / "validation", job.model, settings=judged, **watch)
     problems = objective_problems(job.objective, train.statistics, job.num_labels)
     for problem in problems:

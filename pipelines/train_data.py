@@ -220,6 +220,18 @@ def prepare_split(
     return train, validation
 
 
+def check_prepared(
+    data: LabelledData,
+    folder: Location,
+    source: TokenizerSource,
+    validation_share: float = 0.0,
+    *,
+    settings: PrepareSettings,
+) -> None:
+    """Raises RunConflictError where `folder` holds the lists of other files, tokenizer or settings; reads no data."""
+    _load(_resolve(data, folder, source, validation_share, settings))
+
+
 def _resolve(
     data: LabelledData,
     folder: Location,

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,13 @@ def test_a_finished_run_is_not_run_again_and_another_one_is_refused(scene, undis
     assert before == {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()}
     with pytest.raises(RunConflictError, match="option learning_rate"):
         run(config(scene, undisturbed, learning_rate=1e-4))
+    for name in ("train.parquet", "dev.parquet"):
+        at = (scene / name).stat().st_mtime_ns
+        os.utime(scene / name, ns=(at, at + 10**9))
+        with pytest.raises(RunConflictError, match=rf"input .*{name}: was .* bytes, version"):
+            run(config(scene, undisturbed))
+        os.utime(scene / name, ns=(at, at))
+    assert run(config(scene, undisturbed))[0].state == "already done"
 
 
 def test_a_training_that_gets_no_further_says_what_its_cluster_lacks(scene, tmp_path, monkeypatch):
