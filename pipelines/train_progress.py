@@ -133,6 +133,8 @@ def _figures_in_words(figures: Figures) -> str:
     parts = [f"epoch {figures.epoch:.2f}"]
     if figures.loss is not None:
         parts.append(f"loss {figures.loss:.4f}")
+    if figures.learning_rate is not None:
+        parts.append(f"learning rate {figures.learning_rate:.2e}")
     if figures.pairs_per_second is not None and figures.tokens_per_second is not None:
         parts.append(f"{figures.pairs_per_second:,.0f} pairs/s · {figures.tokens_per_second:,.0f} tokens/s")
     return " · ".join(parts)

@@ -178,7 +178,7 @@ class _Worker:
         self._news = _News(task.board, self._order, config, self._num_workers, self._learner.forward_kind)
         self._started = self._stored_at = self._looked_at = time.monotonic()
         self._seconds_before = self._state.seconds
-        self._is_told = False  # of a node that will be taken back
+        self._threatened: frozenset[str] = frozenset()  # nodes that are known to be taken back
         self._notes: set[str] = set()  # on validation, that people have read
 
     @property
@@ -262,6 +262,7 @@ class _Worker:
         prepared = self._task.validation
         if prepared is None:
             return
+        began = time.monotonic()
         self._say("validating …")
         own = np.arange(self._rank, prepared.num_lists, self._num_workers, dtype=np.int64)
         parts = (
@@ -277,6 +278,7 @@ class _Worker:
         self._add_point({**values, "seconds": self._seconds()})
         if self._is_first:
             ray.get(self._task.board.validated.remote(self._state.logs[-1]))
+        self._news.leave_out(time.monotonic() - began)
 
     def _is_time_to_look(self) -> bool:
         return time.monotonic() - self._looked_at > _LOOK_SECONDS
@@ -284,9 +286,9 @@ class _Worker:
     def _is_threatened(self) -> bool:
         """Whether a worker's node is newly known to be taken back soon. All workers ask together."""
         self._looked_at = time.monotonic()
-        threat = ray.train.get_preemption_info()
-        is_news = threat is not None and not self._is_told
-        self._is_told = threat is not None
+        threat, known = ray.train.get_preemption_info(), self._threatened
+        self._threatened = frozenset(threat.preempted_node_ids if threat is not None else ())
+        is_news = not self._threatened <= known
         if is_news:
             self._say("a node is about to be taken back: storing a checkpoint first")
         return is_news
@@ -376,6 +378,10 @@ class _News:
     def begin_point(self) -> None:
         """Rates are taken from now on."""
         self._since, self._num_pairs, self._num_tokens = time.monotonic(), 0, 0
+
+    def leave_out(self, seconds: float) -> None:
+        """Rates are without these seconds, which went into other things than steps."""
+        self._since += seconds
 
     def _rates(self) -> dict[str, float]:
         seconds = max(time.monotonic() - self._since, 1e-9)

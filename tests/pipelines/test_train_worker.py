@@ -1,16 +1,21 @@
-"""What the workers of a training run decide by themselves: functions that need no cluster."""
+"""What the workers of a training run decide and tell: functions that need no cluster."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from ray.train import PreemptionInfo
 
+from crossenc.losses import objective
 from pipelines import train_worker
+from pipelines.checkpoints import before_the_first_step
 from pipelines.logs import Logs
-from pipelines.train_board import Board
+from pipelines.train_board import Board, Figures
 from pipelines.train_config import WorkersConfig
-from pipelines.train_worker import judge
+from pipelines.train_progress import _figures_in_words
+from pipelines.train_worker import _News, _Worker, judge
 
 
 @pytest.mark.parametrize(
@@ -85,3 +90,48 @@ def test_workers_that_would_share_a_device_are_refused():
     with pytest.raises(ValueError, match=r"gpus 0\.5 share a device.*set gpus: 1, or count: 1"):
         WorkersConfig(count=2, gpus=0.5)
     assert WorkersConfig(gpus=0.5).gpus == 0.5 and WorkersConfig(count=2, gpus=0.75).count == 2
+
+
+@pytest.fixture
+def worker():
+    """The second of two workers, at the beginning of a run, without a model and without data."""
+    made = object.__new__(_Worker)
+    made._task = SimpleNamespace(validation=SimpleNamespace(num_lists=0))
+    made._rank, made._num_workers, made._is_first, made._model = 1, 2, False, None
+    made._objective, made._order = objective("binary_cross_entropy"), SimpleNamespace(epochs_after=lambda step: 0.0)
+    made._state, made._notes, made._threatened = before_the_first_step("run", 10), set(), frozenset()
+    made._started = made._seconds_before = 0.0
+    return made
+
+
+def test_rates_are_without_the_time_of_validation(worker, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(train_worker.time, "monotonic", lambda: now)
+    worker._news = _News(None, None, None, 2, "packed")
+
+    def judge_slowly(model, parts, loss):
+        nonlocal now
+        now += 8.0
+        return {"nDCG@10": 0.5}
+
+    monkeypatch.setattr(train_worker, "validate", judge_slowly)
+    worker._validate()
+    now += 2.0
+    rates = worker._news.count(SimpleNamespace(num_pairs=30, num_tokens=600))
+    assert rates == {"pairs_per_second": 15.0, "tokens_per_second": 300.0}
+    assert (worker._state.value, worker._state.logs[0].values) == (0.5, {"nDCG@10": 0.5, "seconds": 108.0})
+
+
+def test_each_node_that_is_to_be_taken_back_is_news_once(worker, monkeypatch):
+    found = []
+    for nodes in ({"a": [0]}, {"a": [0]}, {"a": [0], "b": [1]}, {}, {"b": [1]}):
+        threat = PreemptionInfo(deadline_ms=None, preempted_node_to_ranks=nodes) if nodes else None
+        monkeypatch.setattr(train_worker.ray.train, "get_preemption_info", lambda threat=threat: threat)
+        found.append(worker._is_threatened())
+    assert found == [True, False, True, False, True]
+
+
+def test_the_line_that_people_see_shows_loss_rate_and_speed():
+    figures = Figures(step=3, num_steps=10, epoch=0.5, loss=0.25, learning_rate=1.5e-5)
+    words = _figures_in_words(replace(figures, pairs_per_second=1234.0, tokens_per_second=56789.0))
+    assert words == "epoch 0.50 · loss 0.2500 · learning rate 1.50e-05 · 1,234 pairs/s · 56,789 tokens/s"
