@@ -260,7 +260,7 @@ def _resolve(
         digests,
         {
             **data.result_options(),
-            "group": grouped,
+            "group": "validation" if grouped == SIDES[1:] else bool(grouped),
             "max_length": tokenizer.max_length,
             "max_text_bytes": settings.max_text_bytes,
             "slice_pairs": settings.slice_pairs,

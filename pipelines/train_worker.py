@@ -275,8 +275,9 @@ class _Worker:
             self._notes.add(note)
             self._say(note)
         self._state = replace(self._state, value=value)
-        self._add_point({**values, "seconds": self._seconds()})
-        if self._is_first:
+        if values:
+            self._add_point({**values, "seconds": self._seconds()})
+        if values and self._is_first:
             ray.get(self._task.board.validated.remote(self._state.logs[-1]))
         self._news.leave_out(time.monotonic() - began)
 
