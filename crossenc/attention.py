@@ -67,8 +67,9 @@ class Sequences:
     def window_mask(self, length: int, window: int) -> Tensor:
         """Which tokens of a sequence see which, bool [W, W]: those at most `window` tokens away."""
         if (length, window) not in self._masks:
-            places = torch.arange(length, device=self.starts.device)
-            self._masks[length, window] = (places[:, None] - places[None, :]).abs() <= window
+            # Made in its own place: distances of 8,192 tokens as numbers would be half a gigabyte each.
+            mask = torch.ones(length, length, dtype=torch.bool, device=self.starts.device)
+            self._masks[length, window] = mask.tril_(window).triu_(-window)
         return self._masks[length, window]
 
 
@@ -178,7 +179,7 @@ def _by_length(
             for states in (asked, key[first:end], value[first:end])
         )
         if bias is not None:
-            mask = bias[:, :num_queries, :length]
+            mask = bias[None, :, :num_queries, :length]  # three dimensions take a kernel two or three times as slow
             states = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
         elif window is not None and length > window + 1:
             mask = sequences.window_mask(length, window)[:num_queries]

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from crossenc import CrossEncoder, attention
@@ -440,6 +441,41 @@ def test_sequences_see_themselves_alone_and_in_a_window_their_neighbours() -> No
         first = attend(query, key, value, 0.5, Sequences(lengths, torch.from_numpy(starts)), window, first_only=True)
         expected[places > 0] = 0
         torch.testing.assert_close(first, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_bias_is_handed_on_with_four_dimensions_which_the_fast_kernel_asks_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lengths, shapes = np.array([9, 4, 4]), []
+    query, key, value = torch.randn(3, 17, 2, 8).unbind()
+    bias, kernel = torch.randn(2, 9, 9), nn.functional.scaled_dot_product_attention
+
+    def spy(*args: Any, attn_mask: torch.Tensor, **settings: Any) -> torch.Tensor:
+        shapes.append(tuple(attn_mask.shape))
+        return kernel(*args, attn_mask=attn_mask, **settings)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", spy)
+    sequences = Sequences(lengths, torch.tensor([0, 9, 13, 17]))
+    states = attend(query, key, value, 0.5, sequences, bias=bias)
+    assert shapes == [(1, 2, 9, 9), (1, 2, 4, 4)]
+    weights = (torch.einsum("thd,shd->hts", query[9:13], key[9:13]) * 0.5 + bias[:, :4, :4]).softmax(-1)
+    expected = torch.einsum("hts,shd->thd", weights, value[9:13])
+    torch.testing.assert_close(states[9:13], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_mask_of_a_window_takes_a_byte_for_two_tokens_and_no_more() -> None:
+    class Largest(TorchDispatchMode):
+        num_bytes = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = function(*args, **(kwargs or {}))
+            self.num_bytes = max(self.num_bytes, made.nbytes)
+            return made
+
+    with Largest() as largest:
+        mask = Sequences(np.array([50]), torch.tensor([0, 50])).window_mask(50, 3)
+    assert largest.num_bytes == 50 * 50
+    assert mask.tolist() == [[abs(i - j) <= 3 for j in range(50)] for i in range(50)]
 
 
 @pytest.mark.parametrize(("window", "first_only"), [(None, False), (3, False), (None, True)])
