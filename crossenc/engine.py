@@ -25,7 +25,7 @@ from crossenc.errors import ConfigError
 from crossenc.float32_layers import keep_in_float32
 from crossenc.layout import read_layout
 from crossenc.loading import load_parts, num_labels_of, resolve_activation
-from crossenc.packing import PackedForward, scoring_view, to_device, why_padded
+from crossenc.packing import PackedForward, answers_are_coarse, scoring_view, to_device, why_padded
 from crossenc.precision import resolve_dtype
 from crossenc.records import TokenizedPairs
 from crossenc.tokenizer import Tokenizer
@@ -161,9 +161,10 @@ class Engine:
 
     @property
     def forward_kind(self) -> str:
-        """For people: "packed", or "padded" and why."""
+        """For people: "packed", or "padded" and why; and what else they should know of the scores."""
         reason = self._why_padded()
-        return "packed" if reason is None else f"padded: {reason}"
+        kind = "packed" if reason is None else f"padded: {reason}"
+        return f"{kind}; yes and no are not computed in float32" if answers_are_coarse(self.network) else kind
 
     def _why_padded(self) -> str | None:
         return why_padded(self.network, self.device) if self.may_pack else "packing is switched off"

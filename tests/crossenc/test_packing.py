@@ -15,12 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from crossenc import CrossEncoder, attention
 from crossenc.attention import MAX_PRODUCT_TOKENS, Sequences, _products, attend, packed_attention
 from crossenc.engine import Engine
-from crossenc.modules import POOLING_MODES, Dense, LayerNorm, Pooling, Transformer
+from crossenc.float32_layers import keep_in_float32
+from crossenc.modules import POOLING_MODES, Dense, LayerNorm, LogitScore, Pooling, Transformer
 from crossenc.packing import PackedForward, why_padded
 from crossenc.quiet import quiet_transformers
 from crossenc.records import TokenizedPairs
@@ -416,6 +417,52 @@ def test_a_modular_head_of_a_narrow_model_is_computed_in_float32() -> None:
     scores = engine.score(pairs)
     assert not np.array_equal(torch.from_numpy(scores).bfloat16().float().numpy(), scores)
     np.testing.assert_allclose(scores, expected, atol=0.15 * max(1, abs(expected).max()))
+
+
+ASKED: dict[str, dict[str, Any]] = {
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True},
+    "qwen3 untied": {"num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": False},
+    "phi": {},  # its head has a bias
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": 30.0},
+    "granite": {"num_key_value_heads": 2, "logits_scaling": 2.0},
+}
+
+
+def asked(name: str, false_token_id: int | None = 9) -> Engine:
+    """A language model of bfloat16 with logits around 20."""
+    model = tiny_model(name, AutoModelForCausalLM, **ASKED[name])
+    with torch.no_grad():
+        norm = getattr(model.base_model, "norm", None) or model.base_model.final_layernorm
+        norm.weight.fill_(25.0)
+    transformer = Transformer(model.bfloat16(), transformer_task="text-generation")
+    return engine_of(transformer, LogitScore(7, false_token_id), num_labels=1)
+
+
+@pytest.mark.parametrize("name", list(ASKED))
+@pytest.mark.parametrize("false_token_id", [9, None])
+def test_a_narrow_language_model_computes_its_yes_and_no_in_float32(name: str, false_token_id: int | None) -> None:
+    engine = asked(name, false_token_id)
+    assert engine.forward_kind.startswith("padded") and "float32" not in engine.forward_kind
+    pairs = random_pairs([12] * 60, with_types=False)
+    scores = engine.score(pairs)
+    assert abs(scores).mean() > 5
+    assert len(set(scores.tolist())) == 60  # bfloat16 has 32 numbers between 8 and 16
+    reference = copy.deepcopy(engine.network)
+    keep_in_float32(reference, ["0.model.lm_head"])
+    with torch.no_grad():
+        expected = reference(engine.batch_inputs(pairs, np.arange(60)))["scores"][:, 0]
+    np.testing.assert_allclose(scores, expected, atol=0.05)  # other batches round hidden states differently
+    assert engine.network[0].model.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_a_language_model_with_another_head_says_that_it_stays_narrow() -> None:
+    class Head(nn.Linear):
+        pass
+
+    engine = asked("qwen3 untied")
+    engine.network[0].model.lm_head.__class__ = Head
+    assert engine.forward_kind.endswith("yes and no are not computed in float32")
+    assert engine.score(random_pairs([5], with_types=False)).shape == (1,)
 
 
 @pytest.mark.parametrize("length", [1, 7, MAX_PRODUCT_TOKENS])
