@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from crossenc import mpnet
-from crossenc.attention import PACKED_ATTENTION, Sequences, current_sequences, packed_attention, register
+from crossenc.attention import (
+    PACKED_ATTENTION,
+    Sequences,
+    current_sequences,
+    packed_attention,
+    register,
+    takes_varlen_kernel,
+)
 from crossenc.compiling import is_compiled
 from crossenc.float32_layers import Float32Linear
 from crossenc.modules import Dense, Features, LayerNorm, LogitScore, Pooling, Transformer
@@ -99,6 +106,17 @@ def _objections(network: nn.Module, device: torch.device) -> Iterator[str]:
         yield f"its attention is set to {config._attn_implementation}"
     if any(map(_is_altered, network.modules())):
         yield "it is compiled, or has hooks"
+
+
+def kernel_of(network: nn.Module, device: torch.device) -> str:
+    """What computes the attention of packed batches, for people."""
+    parts = _parts_of(network)
+    assert parts is not None
+    model = parts[0].model
+    config = model.config
+    width = config.hidden_size // config.num_attention_heads
+    takes_varlen = config.model_type != "mpnet" and takes_varlen_kernel(device, model.dtype, width)
+    return "varlen kernel" if takes_varlen else "SDPA by groups of equal length"
 
 
 def _parts_of(network: nn.Module) -> tuple[Transformer, list[nn.Module]] | None:

@@ -17,12 +17,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from crossenc import CrossEncoder, attention
+from crossenc import CrossEncoder, attention, scoring
 from crossenc.attention import MAX_PRODUCT_TOKENS, Sequences, _products, attend, packed_attention
 from crossenc.engine import Engine
 from crossenc.float32_layers import keep_in_float32
 from crossenc.modules import POOLING_MODES, Dense, LayerNorm, LogitScore, Pooling, Transformer
-from crossenc.packing import PackedForward, why_padded
+from crossenc.packing import PackedForward, kernel_of, why_padded
 from crossenc.quiet import quiet_transformers
 from crossenc.records import TokenizedPairs
 from crossenc.testing import tiny_checkpoint
@@ -134,7 +134,7 @@ def test_packed_scores_equal_padded_ones(
     is_typed = packed.network[0].model.config.model_type in ("bert", "roberta", "xlm-roberta", "electra")
     pairs = random_pairs(lengths, seed, with_types and is_typed, smallest_id=PADDING_ID)
     engine = replace(packed, max_batch_tokens=max_batch_tokens)
-    assert engine.forward_kind == "packed"
+    assert engine.forward_kind == "packed, SDPA by groups of equal length"
     np.testing.assert_allclose(engine.score(pairs), replace(packed, may_pack=False).score(pairs), atol=TOLERANCE)
 
 
@@ -271,7 +271,7 @@ def test_a_packed_model_can_be_called_copied_trained_and_saved(tmp_path: Any) ->
     model = CrossEncoder(tiny_checkpoint(tmp_path / "in"), device="cpu")
     pairs = [("what", "the water of the river"), ("how", "stone")]
     scores = model.predict(pairs)
-    assert model.engine.forward_kind == "packed"
+    assert model.engine.is_packed
     np.testing.assert_allclose(torch.sigmoid(model.logits(pairs).detach())[:, 0], scores, atol=TOLERANCE)
     np.testing.assert_allclose(copy.deepcopy(model).predict(pairs), scores, atol=TOLERANCE)
     model.save_pretrained(str(tmp_path / "out"))
@@ -391,6 +391,31 @@ def test_out_of_memory_halves_packed_batches(num_tokens: int, monkeypatch: pytes
     assert failed[0] == pairs.num_tokens
     assert all(later <= earlier / 2 for earlier, later in pairwise(failed))
     assert sum(tokens for tokens in tried if tokens <= num_tokens) == pairs.num_tokens  # none was computed twice
+
+
+def test_one_prediction_remembers_what_did_not_fit_and_each_call_of_the_engine_begins_anew(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.bert.modeling_bert import BertEmbeddings
+
+    model = CrossEncoder(tiny_checkpoint(tmp_path), device="cpu", max_batch_tokens=1000)
+    pairs = [("what", "the water of the river")] * 24
+    tokens = model.pair_tokenizer().encode(["what"] * 8, ["the water of the river"] * 8)
+    embed, failed = BertEmbeddings.forward, []
+
+    def cramped(self: Any, input_ids: torch.Tensor, **inputs: Any) -> Any:
+        if input_ids.shape[1] >= tokens.num_tokens:
+            failed.append(input_ids.shape[1])
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return embed(self, input_ids=input_ids, **inputs)
+
+    monkeypatch.setattr(BertEmbeddings, "forward", cramped)
+    monkeypatch.setattr(scoring, "PAIRS_AHEAD", 8)
+    assert len(model.predict(pairs)) == 24
+    assert failed == [tokens.num_tokens]
+    model.engine.score(tokens)
+    model.engine.score(tokens)
+    assert failed == [tokens.num_tokens] * 3
 
 
 @pytest.mark.parametrize("name", [*PACKED, *PADDED])
@@ -540,9 +565,10 @@ def test_torchs_kernel_is_asked_for_what_the_groups_compute(
         max_query: int,
         max_key: int,
         *,
-        scale: float,
-        window_size: tuple[int, int],
+        scale: float | None = None,
+        window_size: tuple[int, int] = (-1, -1),
     ) -> torch.Tensor:
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
         assert query_starts.dtype == key_starts.dtype == torch.int32
         assert (query_starts.diff().max(), key_starts.diff().max()) == (max_query, max_key)
         parts = []
@@ -564,10 +590,42 @@ def test_torchs_kernel_is_asked_for_what_the_groups_compute(
     query, key, value = torch.randn(3, 18, 2, 8).unbind()
     settings = {"scale": 0.5, "sequences": Sequences(lengths, starts), "window": window, "first_only": first_only}
     expected = attend(query, key, value, **settings)
-    monkeypatch.setattr(attention, "_takes_varlen", lambda query: True)
+    monkeypatch.setattr(attention, "takes_varlen_kernel", lambda *_: True)
     monkeypatch.setattr(attention, "varlen_attn", documented)
     torch.testing.assert_close(attend(query, key, value, **settings), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_this_version_of_torch_has_a_kernel_with_windows() -> None:
-    assert attention._varlen_has_windows()
+    assert attention._varlen_has_settings()
+
+
+def test_a_kernel_that_takes_no_settings_is_asked_for_what_it_does_of_its_own_accord(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+
+    def old(q: Any, k: Any, v: Any, q_starts: Any, k_starts: Any, max_q: int, max_k: int, *, is_causal: bool = False):  # type: ignore[no-untyped-def]
+        calls.append(max_q)
+        return q
+
+    monkeypatch.setattr(attention, "takes_varlen_kernel", lambda *_: True)
+    monkeypatch.setattr(attention, "varlen_attn", old)
+    attention._varlen_has_settings.cache_clear()
+    try:
+        query = torch.randn(4, 2, 8)
+        sequences = Sequences(np.array([3, 1]), torch.tensor([0, 3, 4], dtype=torch.int32))
+        assert attend(query, query, query, 8**-0.5, sequences) is query
+        attend(query, query, query, 0.5, sequences)
+        attend(query, query, query, 8**-0.5, sequences, window=1)
+        assert calls == [3]
+    finally:
+        attention._varlen_has_settings.cache_clear()
+
+
+def test_the_kernel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    cuda, groups = torch.device("cuda"), "SDPA by groups of equal length"
+    narrow = {name: classifier(name).network.bfloat16() for name in ("bert", "mpnet")}
+    assert [kernel_of(network, cuda) for network in narrow.values()] == ["varlen kernel", groups]
+    assert kernel_of(classifier("bert").network, cuda) == groups
+    assert kernel_of(narrow["bert"], torch.device("cpu")) == groups
