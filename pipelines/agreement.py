@@ -28,8 +28,8 @@ from pipelines.storage import Location, put, read_bytes, redact
 FILE = f"{RUN_FOLDER}/agreement.json"
 #: The first queries of a shard, and no more than so many pairs of them: seconds on a GPU.
 _MAX_QUERIES, _MAX_PAIRS = 200, 5_000
-#: Processors may need longer: then what was scored by then is compared, but so many queries are scored in any case.
-_OWN_SECONDS, _EXACT_SECONDS = 100.0, 200.0
+#: Processors may need longer: then what was scored by then is compared. For so many queries it may take twice as long.
+_OWN_SECONDS, _EXACT_SECONDS = 80.0, 160.0
 _LEAST_QUERIES = 30
 #: After which the task is given up, whatever it does.
 _MOST_SECONDS = 600.0
@@ -99,12 +99,12 @@ def score_in_time(
     scorer: Scorer, pairs: TokenizedPairs, queries: Sequence[NDArray[np.int64]], seconds: float
 ) -> list[NDArray[np.float32]]:
     """The scores of each of the first `queries`, given as places in `pairs`: as many as there is time for."""
-    end = time.monotonic() + seconds
+    started = time.monotonic()
     scores: list[NDArray[np.float32]] = []
     for places in queries:
-        if len(scores) >= _LEAST_QUERIES and time.monotonic() > end:
-            break
         scores.append(scorer.score(select(pairs, places)))
+        if time.monotonic() - started > (seconds if len(scores) >= _LEAST_QUERIES else 2 * seconds):
+            break
     return scores
 
 

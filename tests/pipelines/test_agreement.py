@@ -51,8 +51,8 @@ def test_the_sample_is_of_whole_queries_and_good_rows(monkeypatch: pytest.Monkey
     assert agreement.sample(table).column("row").to_pylist() == [0, 2]
 
 
-@pytest.mark.parametrize(("seconds", "num_scored"), [(100.0, 11), (15.0, 3), (1000.0, 20)])
-def test_queries_are_scored_while_there_is_time_and_some_in_any_case(
+@pytest.mark.parametrize(("seconds", "num_scored"), [(1000.0, 20), (100.0, 11), (15.0, 3), (14.0, 3), (4.0, 1)])
+def test_queries_are_scored_while_there_is_time_and_a_few_for_twice_as_long(
     seconds: float, num_scored: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = 0.0
