@@ -8,6 +8,7 @@ Shape letters: T tokens of all sequences, B sequences, N sequences of one length
 of a head.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -67,8 +68,9 @@ class Sequences:
     def window_mask(self, length: int, window: int) -> Tensor:
         """Which tokens of a sequence see which, bool [W, W]: those at most `window` tokens away."""
         if (length, window) not in self._masks:
-            places = torch.arange(length, device=self.starts.device)
-            self._masks[length, window] = (places[:, None] - places[None, :]).abs() <= window
+            # Made in its own place: distances of 8,192 tokens as numbers would be half a gigabyte each.
+            mask = torch.ones(length, length, dtype=torch.bool, device=self.starts.device)
+            self._masks[length, window] = mask.tril_(window).triu_(-window)
         return self._masks[length, window]
 
 
@@ -147,7 +149,9 @@ def attend(  # noqa: PLR0913
     """
     asked = query[sequences.first_tokens] if first_only else query
     # The kernel would place a lone query at the end of its window, and leaves no weights out.
-    by_kernel = bias is None and not dropout and _takes_varlen(query) and not (first_only and window is not None)
+    by_kernel = bias is None and not dropout and not (first_only and window is not None)
+    by_kernel &= takes_varlen_kernel(query.device, query.dtype, query.shape[-1])
+    by_kernel &= not _varlen_settings(query, scale, window) or _varlen_has_settings()
     if by_kernel:
         states = _varlen(asked, key, value, scale, sequences, window)
     else:
@@ -178,7 +182,7 @@ def _by_length(
             for states in (asked, key[first:end], value[first:end])
         )
         if bias is not None:
-            mask = bias[:, :num_queries, :length]
+            mask = bias[None, :, :num_queries, :length]  # three dimensions take a kernel two or three times as slow
             states = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
         elif window is not None and length > window + 1:
             mask = sequences.window_mask(length, window)[:num_queries]
@@ -198,20 +202,25 @@ def _products(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: 
     return torch.bmm(weights, v).view(query.shape)
 
 
-def _takes_varlen(query: Tensor) -> bool:
-    """Whether torch's kernel for packed sequences takes it: flash attention, so CUDA since Ampere and 16 bits."""
+def takes_varlen_kernel(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Whether torch's kernel for packed sequences takes heads of a width: flash attention, so 16 bits since Ampere."""
     return (
-        query.device.type == "cuda"
-        and is_narrow(query.dtype)
-        and query.shape[-1] % 8 == 0
-        and query.shape[-1] <= 256
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
-        and _varlen_has_windows()
+        device.type == "cuda"
+        and is_narrow(dtype)
+        and width % 8 == 0
+        and width <= 256
+        and torch.cuda.get_device_capability(device) >= (8, 0)
     )
 
 
+def _varlen_settings(query: Tensor, scale: float, window: int | None) -> dict[str, Any]:
+    """What the kernel has to be told, since it is not what it does of its own accord."""
+    settings: dict[str, Any] = {} if math.isclose(scale, query.shape[-1] ** -0.5) else {"scale": scale}
+    return settings if window is None else settings | {"window_size": (window, window)}
+
+
 @cache
-def _varlen_has_windows() -> bool:
+def _varlen_has_settings() -> bool:
     """Whether this version of torch lets a scale and a window be given; 2.10, the first with the kernel, does not."""
     return {"scale", "window_size"} <= signature(varlen_attn).parameters.keys()
 
@@ -223,9 +232,7 @@ def _varlen(
     query_starts, longest_query = starts, longest
     if len(query) < len(key):  # first tokens alone
         query_starts, longest_query = torch.arange(len(starts), dtype=starts.dtype, device=starts.device), 1
-    reach = (-1, -1) if window is None else (window, window)
-    states = varlen_attn(
-        query, key, value, query_starts, starts, longest_query, longest, scale=scale, window_size=reach
-    )
+    settings = _varlen_settings(query, scale, window)
+    states = varlen_attn(query, key, value, query_starts, starts, longest_query, longest, **settings)
     assert isinstance(states, Tensor)  # a pair only where more was asked for
     return states

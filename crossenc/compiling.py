@@ -23,7 +23,8 @@ def compile_backbone(model: PreTrainedModel, **settings: Any) -> None:
     """Let torch.compile compute the backbone, once for all shapes and on CUDA with CUDA graphs.
 
     `settings` are those of torch.compile and go before these. It compiles with the first call, for up to a minute.
-    The head stays as it is, so that it can compute in float32.
+    The head stays as it is, so that it can compute in float32. CUDA graphs belong to the thread whose call recorded
+    them, and other threads must not call the model; the setting mode="default" does without them.
     """
     defaults: dict[str, Any] = {"dynamic": True}
     if model.device.type == "cuda" and not {"mode", "options", "backend"} & settings.keys():

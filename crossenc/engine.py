@@ -25,7 +25,7 @@ from crossenc.errors import ConfigError
 from crossenc.float32_layers import keep_in_float32
 from crossenc.layout import read_layout
 from crossenc.loading import load_parts, num_labels_of, resolve_activation
-from crossenc.packing import PackedForward, scoring_view, to_device, why_padded
+from crossenc.packing import PackedForward, answers_are_coarse, kernel_of, scoring_view, to_device, why_padded
 from crossenc.precision import resolve_dtype
 from crossenc.records import TokenizedPairs
 from crossenc.tokenizer import Tokenizer
@@ -53,9 +53,25 @@ class Scorer(Protocol):
         """Whether batches hold no padding."""
         ...
 
+    @property
+    def forward_kind(self) -> str:
+        """For people: how the model is called, and why so."""
+        ...
+
+    def num_fed_tokens(self, lengths: NDArray[np.int64]) -> int:
+        """Tokens that the model is given for pairs of these lengths [P], with padding."""
+        ...
+
     def score(self, pairs: TokenizedPairs) -> NDArray[np.float32]:
         """Scores in the order of `pairs`: float32 [P] for one label, [P, L] for L labels."""
         ...
+
+
+@dataclass(slots=True)
+class Budget:
+    """Tokens that a batch may hold; less after a batch that did not fit the device."""
+
+    num_tokens: int
 
 
 def default_device() -> torch.device:
@@ -70,9 +86,8 @@ def default_batch_tokens(device: torch.device) -> int:
     return CUDA_BATCH_TOKENS if device.type == "cuda" else CPU_BATCH_TOKENS
 
 
-def _smaller_budget(lengths: NDArray[np.int64], is_packed: bool) -> int:
-    """Half of the tokens that a batch of `lengths`, which did not fit, holds."""
-    num_tokens = int(lengths.sum()) if is_packed else len(lengths) * int(lengths.max())
+def _smaller_budget(lengths: NDArray[np.int64], num_tokens: int) -> int:
+    """Half of the tokens with which a batch of `lengths` did not fit."""
     budget = max(1, num_tokens // 2)
     logger.warning(
         "out of memory with %d pairs of up to %d tokens: going on with at most %d tokens a batch; "
@@ -161,25 +176,39 @@ class Engine:
 
     @property
     def forward_kind(self) -> str:
-        """For people: "packed", or "padded" and why."""
+        """For people: "packed" and the kernel, or "padded" and why; and what else they should know of the scores."""
         reason = self._why_padded()
-        return "packed" if reason is None else f"padded: {reason}"
+        kind = f"packed, {kernel_of(self.network, self.device)}" if reason is None else f"padded: {reason}"
+        return f"{kind}; yes and no are not computed in float32" if answers_are_coarse(self.network) else kind
 
     def _why_padded(self) -> str | None:
         return why_padded(self.network, self.device) if self.may_pack else "packing is switched off"
 
-    def score(self, pairs: TokenizedPairs, on_batch: Callable[[int], object] | None = None) -> NDArray[np.float32]:
+    def num_fed_tokens(self, lengths: NDArray[np.int64]) -> int:
+        """Tokens that the model is given for pairs of these lengths [P], with padding, where memory suffices."""
+        if self.is_packed:
+            return int(lengths.sum())
+        shapes, most = shapes_of(self.network), self.max_batch_tokens
+        widths = lengths if shapes is None else shapes.widths(lengths)
+        batches = token_budget_batches(widths, most, self.window, self.max_batch_pairs)
+        return sum(self._padded_size(widths[batch], shapes, most) for batch in batches)
+
+    def score(
+        self, pairs: TokenizedPairs, on_batch: Callable[[int], object] | None = None, budget: Budget | None = None
+    ) -> NDArray[np.float32]:
         """Score every pair: float32 [P], or [P, L] for L > 1 labels, non-finite values left as they are.
 
         `on_batch` is told the number of pairs of each finished batch. On a device that runs out of memory the
         batches still to do are halved and tried again, finished ones are kept; a single pair that does not
-        fit raises torch.OutOfMemoryError.
+        fit raises torch.OutOfMemoryError. A `budget` goes before max_batch_tokens and keeps what was learnt for the
+        next call. Without one each call begins anew, so that its scores depend on nothing that was scored before.
         """
+        budget = budget or Budget(self.max_batch_tokens)
         is_packed = self.is_packed
         shapes = None if is_packed else shapes_of(self.network)
         lengths = pairs.lengths if shapes is None else shapes.widths(pairs.lengths)
         cut = partial(token_budget_batches, max_batch_pairs=self.max_batch_pairs, is_packed=is_packed)
-        todo = deque(cut(lengths, self.max_batch_tokens, self.window))
+        todo = deque(cut(lengths, budget.num_tokens, self.window))
         done: list[NDArray[np.int64]] = []
         # Scores stay on the device until the end: copying each batch back would wait for it.
         scores: list[torch.Tensor] = []
@@ -187,14 +216,18 @@ class Engine:
         self.network.eval()
         try:
             with torch.inference_mode():
-                forward = self._forward(pairs, is_packed, shapes)
+                forward = self._forward(pairs, is_packed, shapes, budget)
                 while todo:
-                    batch_scores = self._score_or_none(forward, todo[0])
+                    # A lone pair with a copy of itself, which makes a known shape, may fit without the copy.
+                    is_smallest = len(todo[0]) == 1 and (shapes is None or budget.num_tokens < 2 * lengths[todo[0][0]])
+                    batch_scores = self._score_or_none(forward, todo[0], is_smallest)
                     if batch_scores is None:
                         if self.on_out_of_memory is not None:
                             self.on_out_of_memory()
-                        budget = _smaller_budget(lengths[todo[0]], is_packed)
-                        todo = deque(batch[part] for batch in todo for part in cut(lengths[batch], budget))
+                        tried = lengths[todo[0]]
+                        size = int(tried.sum()) if is_packed else self._padded_size(tried, shapes, budget.num_tokens)
+                        budget.num_tokens = _smaller_budget(tried, size)
+                        todo = deque(batch[part] for batch in todo for part in cut(lengths[batch], budget.num_tokens))
                         continue
                     done.append(todo.popleft())
                     scores.append(batch_scores)
@@ -205,7 +238,7 @@ class Engine:
         return self._in_input_order(scores, done)
 
     def _forward(
-        self, pairs: TokenizedPairs, is_packed: bool, shapes: Shapes | None
+        self, pairs: TokenizedPairs, is_packed: bool, shapes: Shapes | None, budget: Budget
     ) -> Callable[[NDArray[np.int64]], torch.Tensor]:
         """What gives the logits [B, L] of the pairs at given positions."""
         if is_packed:
@@ -218,14 +251,22 @@ class Engine:
 
         def bucketed(batch: NDArray[np.int64]) -> torch.Tensor:
             assert shapes is not None
-            width = int(shapes.widths(pairs.lengths[batch]).max())
-            most = self.max_batch_tokens // width
-            num_more = shapes.num_rows(len(batch), min(most, self.max_batch_pairs or most)) - len(batch)
+            widths = shapes.widths(pairs.lengths[batch])
+            width = int(widths.max())
+            num_more = self._padded_size(widths, shapes, budget.num_tokens) // width - len(batch)
             rows = np.pad(batch, (0, num_more), mode="edge")  # the last pair again, and again
             logits: torch.Tensor = view(self.batch_inputs(pairs, rows, width))["scores"]
             return logits[: len(batch)].clone()  # the next call may overwrite what a compiled one gave
 
         return padded if shapes is None else bucketed
+
+    def _padded_size(self, lengths: NDArray[np.int64], shapes: Shapes | None, num_tokens: int) -> int:
+        """Tokens of a padded batch; one of few shapes has more rows than pairs where `num_tokens` leaves room."""
+        width = int(lengths.max())
+        if shapes is None:
+            return width * len(lengths)
+        most = num_tokens // width
+        return width * shapes.num_rows(len(lengths), min(most, self.max_batch_pairs or most))
 
     def _in_input_order(self, scores: list[torch.Tensor], batches: list[NDArray[np.int64]]) -> NDArray[np.float32]:
         num_pairs = sum(map(len, batches))
@@ -235,13 +276,13 @@ class Engine:
         return result[:, 0] if self.num_labels == 1 else result
 
     def _score_or_none(
-        self, forward: Callable[[NDArray[np.int64]], torch.Tensor], batch: NDArray[np.int64]
+        self, forward: Callable[[NDArray[np.int64]], torch.Tensor], batch: NDArray[np.int64], is_smallest: bool
     ) -> torch.Tensor | None:
         """Scores [B, L] of one batch on the device; None when it does not fit and could be cut smaller."""
         try:
             return self.activation(forward(batch).float().reshape(len(batch), self.num_labels))
         except torch.OutOfMemoryError:
-            if len(batch) == 1:
+            if is_smallest:
                 raise
         # Outside of the handler, where the traceback no longer holds the failed batch's tensors.
         if self.device.type == "cuda":

@@ -219,9 +219,23 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
         """Let torch.compile compute the backbone from now on; `settings` are its own, with defaults that fit.
 
         Batches are padded then, to a few widths and numbers of rows, and the first call takes a minute more. For the
-        CPU, where batches without padding are faster, it is not worth while.
+        CPU, where batches without padding are faster, it is not worth while. CUDA graphs, which the defaults record on
+        CUDA, belong to the thread that recorded them: score in one thread, the same from the first call on, or pass
+        mode="default", which does without them.
         """
         compile_backbone(self.model, **settings)
+        self.__dict__["_compile_settings"] = settings
+
+    @property
+    def compile_settings(self) -> dict[str, Any] | None:
+        """What `compile` was called with; None where it was not."""
+        settings: dict[str, Any] | None = self.__dict__.get("_compile_settings")
+        return settings
+
+    @property
+    def max_batch_tokens(self) -> int | None:
+        """Tokens that a batch holds at most, as they were set; None where the device decides."""
+        return self._max_batch_tokens
 
     def get_backend(self) -> str:
         """What scores: "torch" or "onnx"."""

@@ -19,9 +19,17 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from crossenc import mpnet
-from crossenc.attention import PACKED_ATTENTION, Sequences, current_sequences, packed_attention, register
+from crossenc.attention import (
+    PACKED_ATTENTION,
+    Sequences,
+    current_sequences,
+    packed_attention,
+    register,
+    takes_varlen_kernel,
+)
 from crossenc.compiling import is_compiled
-from crossenc.modules import Dense, Features, LayerNorm, Pooling, Transformer
+from crossenc.float32_layers import Float32Linear
+from crossenc.modules import Dense, Features, LayerNorm, LogitScore, Pooling, Transformer
 from crossenc.precision import is_narrow
 from crossenc.records import TokenizedPairs
 
@@ -100,6 +108,17 @@ def _objections(network: nn.Module, device: torch.device) -> Iterator[str]:
         yield "it is compiled, or has hooks"
 
 
+def kernel_of(network: nn.Module, device: torch.device) -> str:
+    """What computes the attention of packed batches, for people."""
+    parts = _parts_of(network)
+    assert parts is not None
+    model = parts[0].model
+    config = model.config
+    width = config.hidden_size // config.num_attention_heads
+    takes_varlen = config.model_type != "mpnet" and takes_varlen_kernel(device, model.dtype, width)
+    return "varlen kernel" if takes_varlen else "SDPA by groups of equal length"
+
+
 def _parts_of(network: nn.Module) -> tuple[Transformer, list[nn.Module]] | None:
     """The transformers model and the parts after it; None for anything else."""
     parts = list(network) if isinstance(network, nn.Sequential) else []
@@ -170,9 +189,11 @@ def scoring_view(network: nn.Module, is_packed: bool) -> nn.Module:
     is nothing to change, or the network is of unknown make, it is the network itself.
     """
     parts = _parts_of(network)
-    if parts is None or parts[0].task == "text-generation":
+    if parts is None:
         return network
     transformer, heads = parts
+    if transformer.task == "text-generation":
+        return _asked_in_float32(network)
     is_wide = not is_narrow(transformer.model.dtype)
     if is_wide and not is_packed:
         return network
@@ -180,6 +201,46 @@ def scoring_view(network: nn.Module, is_packed: bool) -> nn.Module:
     seen.model = _model_view(transformer.model, transformer.task, is_wide=is_wide, is_packed=is_packed)
     heads = [part if is_wide else copy.deepcopy(part).float() for part in heads]
     return nn.Sequential(seen, *[_PackedPooling(part) if type(part) is Pooling else part for part in heads])
+
+
+def answers_are_coarse(network: nn.Module) -> bool:
+    """Whether a language model computes its yes and no in a narrow format, since its head is of unknown make."""
+    parts = _parts_of(network)
+    if parts is None or parts[0].task != "text-generation":
+        return False
+    return is_narrow(parts[0].model.dtype) and _output_embedding(*parts) is None
+
+
+def _output_embedding(transformer: Transformer, heads: list[nn.Module]) -> tuple[str, nn.Linear] | None:
+    """What makes logits of a language model that is asked yes or no, with its name there; None if of unknown make.
+
+    What transformers' models do to logits afterwards, such as capping them, they do to each alone.
+    """
+    model = transformer.model
+    is_known = type(model).__module__.startswith("transformers.models.")
+    is_known &= type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) and type(transformer) is Transformer
+    if not is_known or [type(part) for part in heads] != [LogitScore] or heads[0].module_input_name != "causal_logits":
+        return None
+    head = model.get_output_embeddings()
+    if type(head) not in (nn.Linear, Float32Linear) or _is_altered(head):
+        return None
+    return next(((name, child) for name, child in model.named_children() if child is head), None)
+
+
+def _asked_in_float32(network: nn.Module) -> nn.Module:
+    """A language model that computes in float32 the logits that its score is made of, and no others."""
+    parts = _parts_of(network)
+    assert parts is not None
+    transformer, heads = parts
+    embedding = _output_embedding(transformer, heads)
+    if embedding is None or not is_narrow(transformer.model.dtype):
+        return network
+    name, head = embedding
+    asked: Any = heads[0]
+    token_ids = [token for token in (asked.true_token_id, asked.false_token_id) if token is not None]
+    seen = _shallow_copy(transformer)
+    seen.model = _with_child(transformer.model, [name], _TokenLogits(head, token_ids))
+    return nn.Sequential(seen, LogitScore(0, None if asked.false_token_id is None else 1))
 
 
 def _model_view(model: nn.Module, task: str, *, is_wide: bool, is_packed: bool) -> nn.Module:
@@ -264,6 +325,18 @@ class _FirstTokens(nn.Module):
         assert sequences is not None  # packed batches alone come here
         first = sequences.first_tokens
         return self.output(attended[:, first], states[:, first])
+
+
+class _TokenLogits(nn.Module):
+    """Logits of a few tokens, from states [B, W, D] by their rows of an output embedding; all in float32."""
+
+    def __init__(self, head: nn.Linear, token_ids: list[int]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(head.weight.detach()[token_ids].float(), requires_grad=False)
+        self.bias = None if head.bias is None else head.bias.detach()[token_ids].float()
+
+    def forward(self, states: Tensor) -> Tensor:
+        return nn.functional.linear(states.float(), self.weight, self.bias)
 
 
 class _Backbone(nn.Module):

@@ -50,6 +50,7 @@ class Pool:
         num_on_cpu = sum(device.startswith("cpu") for device in devices)
         num_threads = max(1, torch.get_num_threads() // max(1, num_on_cpu))
         settings: dict[str, Any] = {"dtype": str(model.dtype).removeprefix("torch."), "backend": model.get_backend()}
+        settings["max_batch_tokens"] = model.max_batch_tokens
         if model.onnx_network is not None:
             network = model.onnx_network
             settings["model_kwargs"] = {"file_name": network.path.name, "provider": network.provider}
@@ -58,7 +59,7 @@ class Pool:
                 1,
                 mp_context=multiprocessing.get_context("spawn"),
                 initializer=_load,
-                initargs=(self._folder.name, device, settings, num_threads),
+                initargs=(self._folder.name, device, settings, num_threads, model.compile_settings),
             )
             for device in devices
         ]
@@ -109,12 +110,20 @@ class Pool:
         self._folder.cleanup()
 
 
-def _load(folder: str, device: str, settings: Mapping[str, Any], num_threads: int) -> None:
+def _load(
+    folder: str,
+    device: str,
+    settings: Mapping[str, Any],
+    num_threads: int,
+    compile_settings: Mapping[str, Any] | None,
+) -> None:
     global _model
     from crossenc.model import CrossEncoder
 
     torch.set_num_threads(num_threads)
     _model = CrossEncoder(folder, device=device, **settings)
+    if compile_settings is not None:
+        _model.compile(**compile_settings)
 
 
 def _run(task: Task, chunk: Sequence[Any]) -> NDArray[np.float32]:

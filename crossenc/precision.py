@@ -30,9 +30,11 @@ def is_fast_in_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
-        # Versions of torch that cannot tell are taken at their slowest.
-        features: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-        return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+        if hasattr(torch.cpu, "get_capabilities"):
+            features: Mapping[str, object] = torch.cpu.get_capabilities()
+            return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+        # Earlier versions of torch have a function for each feature; one that cannot tell is taken at its slowest.
+        return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
     return False
 
 

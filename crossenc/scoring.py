@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from crossenc.engine import Activation
+from crossenc.engine import Activation, Budget
 from crossenc.errors import ConfigError
 from crossenc.pairs import Pair, split_texts
 from crossenc.pool import Pool
@@ -97,13 +97,13 @@ def _score_here(
         return tokenizer.encode(queries[chunk], documents[chunk], settings.prompt)
 
     with _progress(len(queries), settings.shows_progress) as on_batch, ThreadPoolExecutor(1) as thread:
-        scores = []
+        scores, budget = [], Budget(engine.max_batch_tokens)  # what did not fit once is not tried again
         ahead = thread.submit(tokenise, 0)
         for start in range(0, max(1, len(queries)), PAIRS_AHEAD):
             pairs = ahead.result()
             if start + PAIRS_AHEAD < len(queries):
                 ahead = thread.submit(tokenise, start + PAIRS_AHEAD)
-            scores.append(engine.score(pairs, on_batch))
+            scores.append(engine.score(pairs, on_batch, budget))
     return np.concatenate(scores)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from crossenc.batching import padded_tokens
 from crossenc.errors import ConfigError
 from crossenc.records import TokenizedPairs
 from crossenc.tokenizer import PairTemplate, Ragged, check_texts, distinct_texts
@@ -124,6 +125,10 @@ class FakeScorer:
     seconds_per_pair: float = 0.0
     max_batch_tokens: int = 4096
     is_packed: bool = False
+    forward_kind: str = "padded: there is no model"
+
+    def num_fed_tokens(self, lengths: NDArray[np.int64]) -> int:
+        return padded_tokens(lengths, self.max_batch_tokens)
 
     def score(self, pairs: TokenizedPairs) -> NDArray[np.float32]:
         """Float32 [P]; sleeps `seconds_per_pair` for each pair."""

@@ -59,11 +59,19 @@ class Part:
 
 
 def commit_shard(
-    shard_id: str, rows: pa.Table, num_padded_tokens: int, seconds: StageSeconds, settings: CommitSettings
+    shard_id: str,
+    rows: pa.Table,
+    num_padded_tokens: int,
+    seconds: StageSeconds,
+    settings: CommitSettings,
+    forward_kind: str = "",
 ) -> ShardRecord:
-    """Commits a scored shard: ranked into results, or as thin rows by bucket when a second phase ranks."""
+    """Commits a scored shard: ranked into results, or as thin rows by bucket when a second phase ranks.
+
+    `num_padded_tokens` were given to the model, which was called as `forward_kind` says.
+    """
     started = time.perf_counter()
-    token_counts = _token_counts(rows, num_padded_tokens, settings.score_range)
+    token_counts = _token_counts(rows, num_padded_tokens, settings.score_range, forward_kind)
     rows = rows.drop_columns([field.name for field in TOKEN_FIELDS])
     if settings.num_buckets:
         counts = ShardCounts(
@@ -84,7 +92,7 @@ def commit_shard(
 def commit_bucket(bucket_id: str, rows: pa.Table, seconds: StageSeconds, settings: CommitSettings) -> ShardRecord:
     """Commits a bucket of queries whose candidates were scored in the first phase."""
     started = time.perf_counter()
-    nothing = _token_counts(None, 0, settings.score_range)
+    nothing = _token_counts(None, 0, settings.score_range, "")
     return _with_times(_commit_ranked(bucket_id, rows, nothing, settings), seconds, started)
 
 
@@ -183,7 +191,9 @@ def parse_footer(metadata: pq.FileMetaData) -> Part | None:
         return None
 
 
-def _token_counts(rows: pa.Table | None, num_padded_tokens: int, score_range: tuple[float, float]) -> dict[str, Any]:
+def _token_counts(
+    rows: pa.Table | None, num_padded_tokens: int, score_range: tuple[float, float], forward_kind: str
+) -> dict[str, Any]:
     lengths = np.empty(0, dtype=np.int64)
     scores: NDArray[np.float32] = np.empty(0, dtype=np.float32)
     num_truncated = 0
@@ -201,6 +211,7 @@ def _token_counts(rows: pa.Table | None, num_padded_tokens: int, score_range: tu
         "num_truncated": num_truncated,
         "score_histogram": tuple(histogram.tolist()),
         "length_histogram": tuple(np.bincount(bins, minlength=len(LENGTH_EDGES) + 1).tolist()),
+        "forward_kinds": {forward_kind: len(scores)} if forward_kind and len(scores) else {},
     }
 
 

@@ -127,16 +127,19 @@ def _read_manifest(body: bytes, output: Location) -> dict[str, Any]:
 def add_counts(counts: Iterable[ShardCounts]) -> ShardCounts:
     """The sum over shards."""
     refused: Counter[str] = Counter()
+    kinds: Counter[str] = Counter()
     sums: Counter[str] = Counter()
     scores, lengths = [0] * SCORE_BINS, [0] * (len(LENGTH_EDGES) + 1)
     for one in counts:
         refused.update(one.refused)
+        kinds.update(one.forward_kinds)
         for name in _SUMMED:
             sums[name] += getattr(one, name)
         scores = [a + b for a, b in zip(scores, one.score_histogram, strict=True)]
         lengths = [a + b for a, b in zip(lengths, one.length_histogram, strict=True)]
     return ShardCounts(
         refused=dict(sorted(refused.items())),
+        forward_kinds=dict(sorted(kinds.items())),
         score_histogram=tuple(scores),
         length_histogram=tuple(lengths),
         **{name: sums[name] for name in _SUMMED},

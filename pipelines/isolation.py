@@ -51,13 +51,16 @@ def score_halving(scorer: Scorer, pairs: TokenizedPairs) -> Outcome:
 def _halve(score: Callable[[NDArray[np.int64]], NDArray[np.float32]], indices: NDArray[np.int64], out: Outcome) -> None:
     try:
         out.scores[indices] = score(indices)
+        return
     except Exception as error:
-        if len(indices) == 1:
-            out.failures[int(indices[0])] = ("scoring_error", _describe(error))
-            return
-        middle = len(indices) // 2
-        _halve(score, indices[:middle], out)
-        _halve(score, indices[middle:], out)
+        problem = _describe(error)
+    # Outside of the handler, where the traceback no longer holds what the failed forward pass had on the device.
+    if len(indices) == 1:
+        out.failures[int(indices[0])] = ("scoring_error", problem)
+        return
+    middle = len(indices) // 2
+    _halve(score, indices[:middle], out)
+    _halve(score, indices[middle:], out)
 
 
 def is_broken(model: Model, scorer: Scorer) -> bool:
@@ -168,6 +171,9 @@ def _serve(model: Model, threads: int, pipe: Connection) -> None:
             return
         try:
             pipe.send(scorer.score(pairs))
+            continue
         except Exception as error:
-            reason = "scoring_crash" if is_broken(model, scorer) else "scoring_error"
-            pipe.send(f"{reason}: {_describe(error)}")
+            problem = _describe(error)
+        # Outside of the handler, as above.
+        reason = "scoring_crash" if is_broken(model, scorer) else "scoring_error"
+        pipe.send(f"{reason}: {problem}")

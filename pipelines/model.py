@@ -32,6 +32,15 @@ class Scorer(Protocol):
     @property
     def is_packed(self) -> bool: ...
 
+    @property
+    def forward_kind(self) -> str:
+        """How the model is called, and why so, for people."""
+        ...
+
+    def num_fed_tokens(self, lengths: NDArray[np.int64]) -> int:
+        """Tokens that the model is given for pairs of these lengths, with padding."""
+        ...
+
     def score(self, pairs: TokenizedPairs) -> NDArray[np.float32]: ...
 
 

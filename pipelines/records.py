@@ -17,7 +17,8 @@ class ShardCounts:
     """What is known of a committed shard from its own footer: a pure function of the shard.
 
     The conservation law: `num_candidates == num_scored + sum(refused.values())`.
-    `refused` maps a reason code to a number of candidates.
+    `refused` maps a reason code to a number of candidates, `forward_kinds` how the model was called to a number of
+    pairs that were scored so.
     `score_histogram` has SCORE_BINS counts of scored candidates by model score (ends include what lies outside);
     `length_histogram` has len(LENGTH_EDGES) + 1 counts of pairs by tokens.
     """
@@ -32,6 +33,7 @@ class ShardCounts:
     num_truncated: int
     score_histogram: tuple[int, ...]
     length_histogram: tuple[int, ...]
+    forward_kinds: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,6 @@ from pydantic import TypeAdapter
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
-from crossenc.batching import padded_tokens
 from crossenc.errors import CheckpointError, CrossEncError, InputError, RunConflictError, ScoreError, StorageError
 from crossenc.records import TokenizedPairs
 from pipelines.commit import CommitSettings, commit_bucket, commit_shard
@@ -49,6 +48,7 @@ _ROW_SCHEMA = pa.schema(
         ("message", pa.string()),
         ("payload", pa.large_binary()),
         ("num_padded_tokens", pa.int64()),
+        ("forward_kind", pa.string()),
         ("read_seconds", pa.float64()),
         ("tokenise_seconds", pa.float64()),
         ("score_seconds", pa.float64()),
@@ -149,7 +149,7 @@ def bucket_id(bucket: int) -> str:
 
 
 def _row(shard_id: str, kind: Kind, **values: Any) -> pa.Table:
-    defaults: dict[str, Any] = {"message": "", "payload": b"", "num_padded_tokens": 0}
+    defaults: dict[str, Any] = {"message": "", "payload": b"", "num_padded_tokens": 0, "forward_kind": ""}
     defaults |= {"read_seconds": 0.0, "tokenise_seconds": 0.0, "score_seconds": 0.0}
     row = defaults | {"shard_id": shard_id, "kind": kind} | values
     return pa.table([pa.array([row[field.name]], field.type) for field in _ROW_SCHEMA], schema=_ROW_SCHEMA)
@@ -223,6 +223,7 @@ class ScoreShards:
             "rows",
             payload=payload,
             num_padded_tokens=num_padded_tokens,
+            forward_kind=self._scorer.forward_kind,
             score_seconds=time.perf_counter() - started,
             **times,
         )
@@ -230,7 +231,7 @@ class ScoreShards:
     def _score(self, rows: pa.Table, verdict: str) -> tuple[Outcome, int]:
         assert self._scorer is not None
         pairs = good_pairs(rows)
-        num_padded_tokens = _tokens_with_padding(pairs, self._scorer) if len(pairs) else 0
+        num_padded_tokens = self._scorer.num_fed_tokens(pairs.lengths) if len(pairs) else 0
         if verdict == "refuse":
             crash = ("scoring_crash", "the shard ended its scoring process again and again")
             scores = np.full(len(pairs), np.nan, dtype=np.float32)
@@ -241,10 +242,6 @@ class ScoreShards:
         if outcome.failures and is_broken(self._context.model, self._scorer):
             os._exit(1)  # an error that stays, as CUDA's do: a new process starts the shard again
         return outcome, num_padded_tokens
-
-
-def _tokens_with_padding(pairs: TokenizedPairs, scorer: Scorer) -> int:
-    return pairs.num_tokens if scorer.is_packed else padded_tokens(pairs.lengths, scorer.max_batch_tokens)
 
 
 def good_pairs(rows: pa.Table) -> TokenizedPairs:
@@ -305,7 +302,8 @@ class Commit:
         if self.is_bucket:
             record = commit_bucket(row["shard_id"], rows, seconds, settings)
         else:
-            record = commit_shard(row["shard_id"], rows, row["num_padded_tokens"], seconds, settings)
+            padded, kind = row["num_padded_tokens"], row["forward_kind"]
+            record = commit_shard(row["shard_id"], rows, padded, seconds, settings, kind)
             _note_refusals(row["shard_id"], rows)
         counts = {"num_candidates": record.counts.num_candidates, "num_scored": record.counts.num_scored}
         note(logger, "committed", stage="write", shard=row["shard_id"], refused=dict(record.counts.refused), **counts)

@@ -65,8 +65,8 @@ class OnnxNetwork(nn.Module):
             inputs[name] = (torch.zeros_like(ids) if values is None else values).cpu().contiguous().numpy()
         try:
             (logits,) = self._session.run(None, inputs)
-        except RuntimeError as error:
-            if any(words in str(error) for words in _OUT_OF_MEMORY):
+        except Exception as error:  # onnxruntime's own have no public base class
+            if isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY):
                 raise torch.OutOfMemoryError(str(error)) from error
             raise
         return {"scores": torch.from_numpy(logits).to(ids.device)}

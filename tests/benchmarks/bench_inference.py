@@ -27,9 +27,12 @@ from rich.table import Table
 from scipy import stats
 
 from crossenc import CrossEncoder
-from crossenc.batching import padded_tokens
+from crossenc.engine import default_batch_tokens, default_device
+from crossenc.precision import DTYPES
 
 SHARED = Path(__file__).parents[3] / "shared"
+CPU_DEFAULTS = {"pairs": 256, "batch_sizes": [8], "dtypes": ["float32"]}
+CUDA_DEFAULTS = {"pairs": 20_000, "batch_sizes": [128, 512], "dtypes": ["bfloat16"]}
 
 Pairs = list[tuple[str, str]]
 Predict = Callable[[Pairs], NDArray[np.float32]]
@@ -55,26 +58,40 @@ class Timing:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(SHARED / "models" / "minilm-ce"), help="a checkpoint folder")
+    default_model = str(SHARED / "models" / "minilm-ce")
+    parser.add_argument("--model", nargs="+", default=[default_model], help="checkpoint folders, one table for each")
     parser.add_argument("--data", default=str(SHARED / "data" / "medquad"), help="a folder of three tables")
-    parser.add_argument("--pairs", type=int, default=256)
+    parser.add_argument("--pairs", type=int, help="256 by default, 20,000 on CUDA")
     parser.add_argument("--per-query", type=int, default=20, help="documents of each query")
     parser.add_argument("--onnx", nargs="*", default=[], help="ONNX files of the checkpoint, made by crossenc export")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", help="the fastest by default")
+    parser.add_argument("--device", type=torch.device, default=default_device(), help="the fastest by default")
     parser.add_argument("--budgets", type=int, nargs="*", default=[], help="further token budgets of packed batches")
-    parser.add_argument("--batch-sizes", type=int, nargs="*", default=[8], help="of sentence-transformers, beside 32")
-    parser.add_argument("--bfloat16", action="store_true", help="in bfloat16 as well")
+    parser.add_argument(
+        "--batch-sizes", type=int, nargs="*", help="of sentence-transformers, beside 32: 8 by default, 128 512 on CUDA"
+    )
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=list(DTYPES), help="of the contenders: float32 by default, bfloat16 on CUDA"
+    )
     given = parser.parse_args()
+    for name, value in (CUDA_DEFAULTS if given.device.type == "cuda" else CPU_DEFAULTS).items():
+        if getattr(given, name) is None:
+            setattr(given, name, value)
     queries, pairs = read_pairs(Path(given.data), given.pairs, given.per_query)
-    model = CrossEncoder(given.model, device=given.device)
+    for model in given.model:
+        compare(model, given, queries, pairs)
+
+
+def compare(path: str, given: argparse.Namespace, queries: list[str], pairs: Pairs) -> None:
+    """Time all ways of scoring with one model, and show them."""
+    model = CrossEncoder(path, device=given.device)
     lengths = model.pair_tokenizer().encode(*map(list, zip(*pairs, strict=True))).lengths
-    contenders = make_contenders(given, pairs, lengths)
+    contenders = make_contenders(path, given, pairs, lengths)
     load = os.getloadavg()[0]
     timings = race({name: contender.predict for name, contender in contenders.items()}, pairs, given.rounds)
     peaks = {c.dtype: peak(c.dtype, model.config.hidden_size, model.device) for c in contenders.values()}
     title = (
-        f"{len(pairs)} pairs of {len(set(queries))} queries, {lengths.mean():.0f} tokens each;"
+        f"{path}: {len(pairs)} pairs of {len(set(queries))} queries, {lengths.mean():.0f} tokens each;"
         f" {torch.get_num_threads()} threads; load before {load:.1f}; "
         + ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {str(dtype)[6:]}" for dtype, rate in peaks.items())
     )
@@ -90,16 +107,20 @@ def operations(model: CrossEncoder, lengths: NDArray[np.int64]) -> float:
 
 
 def peak(dtype: torch.dtype, width: int, device: torch.device, seconds: float = 1.0) -> float:
-    """Operations a second of the model's own largest product, 2,048 tokens by the inner layer."""
-    tokens, weights = (torch.randn(n, width, device=device).to(dtype) for n in (2048, 4 * width))
-    tokens @ weights.T
-    started, num_runs = time.perf_counter(), 0
-    while time.perf_counter() - started < seconds:
-        product = tokens @ weights.T
-        num_runs += 1
+    """Operations a second of the model's own largest product, a batch's tokens by the inner layer."""
+    sizes = (default_batch_tokens(device), 4 * width)
+    tokens, weights = (torch.randn(size, width, device=device).to(dtype) for size in sizes)
+    # Products wait in the device's queue: one that is waited for would be timed with its launch.
+    num_queued = 20 if device.type == "cuda" else 1
+    started, num_runs = 0.0, -num_queued  # the first ones warm up
+    while num_runs <= 0 or time.perf_counter() - started < seconds:
+        for _ in range(num_queued):
+            tokens @ weights.T
         if device.type == "cuda":
-            product[0, 0].item()
-    return 2.0 * num_runs * product.numel() * width / (time.perf_counter() - started)
+            torch.cuda.synchronize(device)
+        num_runs += num_queued
+        started = started or time.perf_counter()
+    return 2.0 * num_runs * sizes[0] * sizes[1] * width / (time.perf_counter() - started)
 
 
 def read_pairs(folder: Path, num_pairs: int, per_query: int) -> tuple[list[str], Pairs]:
@@ -116,19 +137,22 @@ def read_pairs(folder: Path, num_pairs: int, per_query: int) -> tuple[list[str],
     return [q for q, _ in rows], [(queries[q], documents[d]) for q, d in rows]
 
 
-def make_contenders(given: argparse.Namespace, pairs: Pairs, lengths: NDArray[np.int64]) -> dict[str, Contender]:
+def make_contenders(
+    path: str, given: argparse.Namespace, pairs: Pairs, lengths: NDArray[np.int64]
+) -> dict[str, Contender]:
     """Ways of scoring, by name; the first is the reference."""
     from sentence_transformers import CrossEncoder as Reference
 
     total = int(lengths.sum())
     contenders: dict[str, Contender] = {}
-    as_stored = Reference(given.model, device=given.device)
+    device = str(given.device)
+    as_stored = Reference(path, device=device)
     stored = next(as_stored.parameters()).dtype
-    theirs_by = {torch.float32: Reference(given.model, device=given.device, model_kwargs={"dtype": torch.float32})}
+    dtypes = [DTYPES[name] for name in given.dtypes]
+    theirs_by = {torch.float32: Reference(path, device=device, model_kwargs={"dtype": torch.float32})}
     theirs_by |= {stored: as_stored} if stored != torch.float32 else {}
-    dtypes = [torch.float32, *([torch.bfloat16] if given.bfloat16 else [])]
     theirs_by |= {
-        dtype: Reference(given.model, device=given.device, model_kwargs={"dtype": dtype})
+        dtype: Reference(path, device=device, model_kwargs={"dtype": dtype})
         for dtype in dtypes
         if dtype not in theirs_by
     }
@@ -141,17 +165,17 @@ def make_contenders(given: argparse.Namespace, pairs: Pairs, lengths: NDArray[np
             padded = sum(len(batch) * int(lengths[batch].max()) for batch in batches)
             contenders[name] = Contender(_theirs(theirs, batch_size), dtype, padded / total - 1)
     for dtype in dtypes:
-        ours = CrossEncoder(given.model, device=given.device, dtype=dtype)
+        ours = CrossEncoder(path, device=device, dtype=dtype)
         own = ours.engine.max_batch_tokens
-        padded = padded_tokens(lengths, own) / total - 1
+        padded = replace(ours.engine, may_pack=False).num_fed_tokens(lengths) / total - 1
         contenders[f"crossenc {str(dtype)[6:]}, padded"] = Contender(_ours(ours, may_pack=False), dtype, padded)
         for budget in (own, *given.budgets):
-            share = 0.0 if ours.engine.is_packed else padded_tokens(lengths, budget) / total - 1
+            share = replace(ours.engine, max_batch_tokens=budget).num_fed_tokens(lengths) / total - 1
             name = f"crossenc {str(dtype)[6:]}, {ours.engine.forward_kind}, budget {budget}"
             contenders[name] = Contender(_ours(ours, budget), dtype, share)
     for file_name in given.onnx:
-        network = CrossEncoder(given.model, backend="onnx", model_kwargs={"file_name": file_name})
-        share = padded_tokens(lengths, network.engine.max_batch_tokens) / total - 1
+        network = CrossEncoder(path, backend="onnx", model_kwargs={"file_name": file_name})
+        share = network.engine.num_fed_tokens(lengths) / total - 1
         contenders[f"crossenc onnx/{file_name}"] = Contender(_ours(network), torch.float32, share)
     return contenders
 

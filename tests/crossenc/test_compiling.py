@@ -116,7 +116,45 @@ def test_out_of_memory_halves_batches_of_few_shapes(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Engine, "batch_inputs", cramped)
     np.testing.assert_allclose(replace(engine, max_batch_tokens=1000).score(pairs), expected, atol=TOLERANCE)
     failed = [size for size in tried if size > 100]
-    assert failed == sorted(failed, reverse=True) and len(failed) > 1
+    assert failed == [640, 320, 160]  # 13 pairs of 40 in 16 rows, and no more than half of it at the next try
+
+
+def test_a_lone_pair_that_does_not_fit_twice_is_tried_once(
+    shapes: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = replace(classifier("bert"), may_pack=False, max_batch_tokens=100)
+    pairs = random_pairs([40])
+    expected = engine.score(pairs)
+    monkeypatch.setattr(engines, "shapes_of", lambda network: Shapes(MAX_LENGTH))
+    make, capacity = Engine.batch_inputs, 40
+
+    def cramped(self: Engine, *args: Any) -> dict[str, torch.Tensor]:
+        inputs = make(self, *args)
+        if inputs["input_ids"].numel() > capacity:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return inputs
+
+    monkeypatch.setattr(Engine, "batch_inputs", cramped)
+    shapes.clear()
+    np.testing.assert_allclose(engine.score(pairs), expected, atol=TOLERANCE)
+    assert shapes == [(2, 40), (1, 40)]
+    capacity = 39
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.score(pairs)
+    assert shapes == [(2, 40), (1, 40)] * 2
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_the_tokens_that_a_model_is_given_are_known_beforehand(
+    is_compiled: bool, shapes: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, pairs = replace(classifier("bert"), max_batch_tokens=100), random_pairs(LENGTHS)
+    assert engine.num_fed_tokens(pairs.lengths) == sum(LENGTHS)
+    engine = replace(engine, may_pack=False, max_batch_pairs=3)
+    if is_compiled:
+        monkeypatch.setattr(engines, "shapes_of", lambda network: Shapes(MAX_LENGTH))
+    engine.score(pairs)
+    assert engine.num_fed_tokens(pairs.lengths) == sum(rows * width for rows, width in shapes)
 
 
 def test_a_model_of_16_bits_is_compiled_too(tmp_path: Path) -> None:

@@ -14,13 +14,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from crossenc import CrossEncoder, attention
+from crossenc import CrossEncoder, attention, scoring
 from crossenc.attention import MAX_PRODUCT_TOKENS, Sequences, _products, attend, packed_attention
 from crossenc.engine import Engine
-from crossenc.modules import POOLING_MODES, Dense, LayerNorm, Pooling, Transformer
-from crossenc.packing import PackedForward, why_padded
+from crossenc.float32_layers import keep_in_float32
+from crossenc.modules import POOLING_MODES, Dense, LayerNorm, LogitScore, Pooling, Transformer
+from crossenc.packing import PackedForward, kernel_of, why_padded
 from crossenc.quiet import quiet_transformers
 from crossenc.records import TokenizedPairs
 from crossenc.testing import tiny_checkpoint
@@ -132,7 +134,7 @@ def test_packed_scores_equal_padded_ones(
     is_typed = packed.network[0].model.config.model_type in ("bert", "roberta", "xlm-roberta", "electra")
     pairs = random_pairs(lengths, seed, with_types and is_typed, smallest_id=PADDING_ID)
     engine = replace(packed, max_batch_tokens=max_batch_tokens)
-    assert engine.forward_kind == "packed"
+    assert engine.forward_kind == "packed, SDPA by groups of equal length"
     np.testing.assert_allclose(engine.score(pairs), replace(packed, may_pack=False).score(pairs), atol=TOLERANCE)
 
 
@@ -269,7 +271,7 @@ def test_a_packed_model_can_be_called_copied_trained_and_saved(tmp_path: Any) ->
     model = CrossEncoder(tiny_checkpoint(tmp_path / "in"), device="cpu")
     pairs = [("what", "the water of the river"), ("how", "stone")]
     scores = model.predict(pairs)
-    assert model.engine.forward_kind == "packed"
+    assert model.engine.is_packed
     np.testing.assert_allclose(torch.sigmoid(model.logits(pairs).detach())[:, 0], scores, atol=TOLERANCE)
     np.testing.assert_allclose(copy.deepcopy(model).predict(pairs), scores, atol=TOLERANCE)
     model.save_pretrained(str(tmp_path / "out"))
@@ -391,6 +393,31 @@ def test_out_of_memory_halves_packed_batches(num_tokens: int, monkeypatch: pytes
     assert sum(tokens for tokens in tried if tokens <= num_tokens) == pairs.num_tokens  # none was computed twice
 
 
+def test_one_prediction_remembers_what_did_not_fit_and_each_call_of_the_engine_begins_anew(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.bert.modeling_bert import BertEmbeddings
+
+    model = CrossEncoder(tiny_checkpoint(tmp_path), device="cpu", max_batch_tokens=1000)
+    pairs = [("what", "the water of the river")] * 24
+    tokens = model.pair_tokenizer().encode(["what"] * 8, ["the water of the river"] * 8)
+    embed, failed = BertEmbeddings.forward, []
+
+    def cramped(self: Any, input_ids: torch.Tensor, **inputs: Any) -> Any:
+        if input_ids.shape[1] >= tokens.num_tokens:
+            failed.append(input_ids.shape[1])
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return embed(self, input_ids=input_ids, **inputs)
+
+    monkeypatch.setattr(BertEmbeddings, "forward", cramped)
+    monkeypatch.setattr(scoring, "PAIRS_AHEAD", 8)
+    assert len(model.predict(pairs)) == 24
+    assert failed == [tokens.num_tokens]
+    model.engine.score(tokens)
+    model.engine.score(tokens)
+    assert failed == [tokens.num_tokens] * 3
+
+
 @pytest.mark.parametrize("name", [*PACKED, *PADDED])
 def test_the_head_of_a_narrow_model_is_computed_in_float32(name: str) -> None:
     engine = classifier(name)
@@ -415,6 +442,52 @@ def test_a_modular_head_of_a_narrow_model_is_computed_in_float32() -> None:
     scores = engine.score(pairs)
     assert not np.array_equal(torch.from_numpy(scores).bfloat16().float().numpy(), scores)
     np.testing.assert_allclose(scores, expected, atol=0.15 * max(1, abs(expected).max()))
+
+
+ASKED: dict[str, dict[str, Any]] = {
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True},
+    "qwen3 untied": {"num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": False},
+    "phi": {},  # its head has a bias
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": 30.0},
+    "granite": {"num_key_value_heads": 2, "logits_scaling": 2.0},
+}
+
+
+def asked(name: str, false_token_id: int | None = 9) -> Engine:
+    """A language model of bfloat16 with logits around 20."""
+    model = tiny_model(name, AutoModelForCausalLM, **ASKED[name])
+    with torch.no_grad():
+        norm = getattr(model.base_model, "norm", None) or model.base_model.final_layernorm
+        norm.weight.fill_(25.0)
+    transformer = Transformer(model.bfloat16(), transformer_task="text-generation")
+    return engine_of(transformer, LogitScore(7, false_token_id), num_labels=1)
+
+
+@pytest.mark.parametrize("name", list(ASKED))
+@pytest.mark.parametrize("false_token_id", [9, None])
+def test_a_narrow_language_model_computes_its_yes_and_no_in_float32(name: str, false_token_id: int | None) -> None:
+    engine = asked(name, false_token_id)
+    assert engine.forward_kind.startswith("padded") and "float32" not in engine.forward_kind
+    pairs = random_pairs([12] * 60, with_types=False)
+    scores = engine.score(pairs)
+    assert abs(scores).mean() > 5
+    assert len(set(scores.tolist())) == 60  # bfloat16 has 32 numbers between 8 and 16
+    reference = copy.deepcopy(engine.network)
+    keep_in_float32(reference, ["0.model.lm_head"])
+    with torch.no_grad():
+        expected = reference(engine.batch_inputs(pairs, np.arange(60)))["scores"][:, 0]
+    np.testing.assert_allclose(scores, expected, atol=0.05)  # other batches round hidden states differently
+    assert engine.network[0].model.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_a_language_model_with_another_head_says_that_it_stays_narrow() -> None:
+    class Head(nn.Linear):
+        pass
+
+    engine = asked("qwen3 untied")
+    engine.network[0].model.lm_head.__class__ = Head
+    assert engine.forward_kind.endswith("yes and no are not computed in float32")
+    assert engine.score(random_pairs([5], with_types=False)).shape == (1,)
 
 
 @pytest.mark.parametrize("length", [1, 7, MAX_PRODUCT_TOKENS])
@@ -442,6 +515,41 @@ def test_sequences_see_themselves_alone_and_in_a_window_their_neighbours() -> No
         torch.testing.assert_close(first, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_bias_is_handed_on_with_four_dimensions_which_the_fast_kernel_asks_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lengths, shapes = np.array([9, 4, 4]), []
+    query, key, value = torch.randn(3, 17, 2, 8).unbind()
+    bias, kernel = torch.randn(2, 9, 9), nn.functional.scaled_dot_product_attention
+
+    def spy(*args: Any, attn_mask: torch.Tensor, **settings: Any) -> torch.Tensor:
+        shapes.append(tuple(attn_mask.shape))
+        return kernel(*args, attn_mask=attn_mask, **settings)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", spy)
+    sequences = Sequences(lengths, torch.tensor([0, 9, 13, 17]))
+    states = attend(query, key, value, 0.5, sequences, bias=bias)
+    assert shapes == [(1, 2, 9, 9), (1, 2, 4, 4)]
+    weights = (torch.einsum("thd,shd->hts", query[9:13], key[9:13]) * 0.5 + bias[:, :4, :4]).softmax(-1)
+    expected = torch.einsum("hts,shd->thd", weights, value[9:13])
+    torch.testing.assert_close(states[9:13], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_mask_of_a_window_takes_a_byte_for_two_tokens_and_no_more() -> None:
+    class Largest(TorchDispatchMode):
+        num_bytes = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = function(*args, **(kwargs or {}))
+            self.num_bytes = max(self.num_bytes, made.nbytes)
+            return made
+
+    with Largest() as largest:
+        mask = Sequences(np.array([50]), torch.tensor([0, 50])).window_mask(50, 3)
+    assert largest.num_bytes == 50 * 50
+    assert mask.tolist() == [[abs(i - j) <= 3 for j in range(50)] for i in range(50)]
+
+
 @pytest.mark.parametrize(("window", "first_only"), [(None, False), (3, False), (None, True)])
 def test_torchs_kernel_is_asked_for_what_the_groups_compute(
     window: int | None, first_only: bool, monkeypatch: pytest.MonkeyPatch
@@ -457,9 +565,10 @@ def test_torchs_kernel_is_asked_for_what_the_groups_compute(
         max_query: int,
         max_key: int,
         *,
-        scale: float,
-        window_size: tuple[int, int],
+        scale: float | None = None,
+        window_size: tuple[int, int] = (-1, -1),
     ) -> torch.Tensor:
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
         assert query_starts.dtype == key_starts.dtype == torch.int32
         assert (query_starts.diff().max(), key_starts.diff().max()) == (max_query, max_key)
         parts = []
@@ -481,10 +590,42 @@ def test_torchs_kernel_is_asked_for_what_the_groups_compute(
     query, key, value = torch.randn(3, 18, 2, 8).unbind()
     settings = {"scale": 0.5, "sequences": Sequences(lengths, starts), "window": window, "first_only": first_only}
     expected = attend(query, key, value, **settings)
-    monkeypatch.setattr(attention, "_takes_varlen", lambda query: True)
+    monkeypatch.setattr(attention, "takes_varlen_kernel", lambda *_: True)
     monkeypatch.setattr(attention, "varlen_attn", documented)
     torch.testing.assert_close(attend(query, key, value, **settings), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_this_version_of_torch_has_a_kernel_with_windows() -> None:
-    assert attention._varlen_has_windows()
+    assert attention._varlen_has_settings()
+
+
+def test_a_kernel_that_takes_no_settings_is_asked_for_what_it_does_of_its_own_accord(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+
+    def old(q: Any, k: Any, v: Any, q_starts: Any, k_starts: Any, max_q: int, max_k: int, *, is_causal: bool = False):  # type: ignore[no-untyped-def]
+        calls.append(max_q)
+        return q
+
+    monkeypatch.setattr(attention, "takes_varlen_kernel", lambda *_: True)
+    monkeypatch.setattr(attention, "varlen_attn", old)
+    attention._varlen_has_settings.cache_clear()
+    try:
+        query = torch.randn(4, 2, 8)
+        sequences = Sequences(np.array([3, 1]), torch.tensor([0, 3, 4], dtype=torch.int32))
+        assert attend(query, query, query, 8**-0.5, sequences) is query
+        attend(query, query, query, 0.5, sequences)
+        attend(query, query, query, 8**-0.5, sequences, window=1)
+        assert calls == [3]
+    finally:
+        attention._varlen_has_settings.cache_clear()
+
+
+def test_the_kernel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    cuda, groups = torch.device("cuda"), "SDPA by groups of equal length"
+    narrow = {name: classifier(name).network.bfloat16() for name in ("bert", "mpnet")}
+    assert [kernel_of(network, cuda) for network in narrow.values()] == ["varlen kernel", groups]
+    assert kernel_of(classifier("bert").network, cuda) == groups
+    assert kernel_of(narrow["bert"], torch.device("cpu")) == groups

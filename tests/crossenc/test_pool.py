@@ -1,12 +1,16 @@
 """Scoring on several devices of one machine."""
 
-from collections.abc import Iterator
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from crossenc import CrossEncoder
+from crossenc import pool as pools
 from crossenc.errors import ConfigError, InputError
 from crossenc.pool import Pool
 from crossenc.testing import WORDS, tiny_checkpoint
@@ -41,6 +45,31 @@ def test_an_error_of_a_process_reaches_the_caller_and_the_pool_works_on(model: C
     with pytest.raises(InputError, match="document 2 is a int"):
         model.predict([*PAIRS[:2], ("a", 1)], pool=pool, chunk_size=3)
     assert len(model.predict(PAIRS, pool=pool)) == 50
+
+
+def test_a_pools_models_have_the_batch_size_of_theirs_and_are_compiled_like_it(
+    model: CrossEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class SameProcess:
+        def __init__(self, _: int, *, initializer: Callable[..., None], initargs: tuple[Any, ...], **__: Any) -> None:
+            pickle.loads(pickle.dumps(initializer))(*pickle.loads(pickle.dumps(initargs)))
+
+        def shutdown(self, **_: Any) -> None:
+            pass
+
+    monkeypatch.setattr(pools, "ProcessPoolExecutor", SameProcess)
+    model.save_pretrained(str(tmp_path))
+    for max_batch_tokens in (None, 77):
+        parent = CrossEncoder(tmp_path, device="cpu", max_batch_tokens=max_batch_tokens)
+        with Pool(parent, ["cpu"]):
+            child = pools._model
+        assert child.engine.max_batch_tokens == parent.engine.max_batch_tokens
+        assert child.compile_settings is None and child.engine.is_packed
+    parent.compile(backend="eager")
+    with Pool(parent, ["cpu"]):
+        child = pools._model
+    assert child.compile_settings == {"backend": "eager"}
+    assert child.engine.forward_kind == parent.engine.forward_kind == "padded: it is compiled, or has hooks"
 
 
 def test_a_list_of_devices_makes_a_pool_for_one_call(model: CrossEncoder) -> None:

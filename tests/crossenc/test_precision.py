@@ -46,6 +46,14 @@ def test_auto_is_bfloat16_on_processors_that_multiply_it(
     assert resolve_dtype("auto", CPU) == found
 
 
+def test_auto_asks_earlier_versions_of_torch_for_each_feature(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    for names, found in (((), torch.float32), (("_is_amx_tile_supported",), torch.bfloat16)):
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+            monkeypatch.setattr(torch.cpu, name, lambda name=name, names=names: name in names)
+        assert resolve_dtype("auto", CPU) == found
+
+
 @pytest.mark.parametrize(("capability", "found"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
 def test_auto_is_bfloat16_on_cuda_devices_since_ampere(
     capability: tuple[int, int], found: torch.dtype, monkeypatch: pytest.MonkeyPatch

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from crossenc.batching import padded_tokens
 from crossenc.records import TokenizedPairs
 from crossenc.testing import FakeScorer, FakeTokenizer
 
@@ -30,6 +31,10 @@ class GuiltyScorer:
     max_batch_tokens: int = 2 * PAIR_TOKENS
     is_packed: bool = False
     is_broken: bool = field(default=False, init=False)
+    forward_kind: str = "padded: there is no model"
+
+    def num_fed_tokens(self, lengths: NDArray[np.int64]) -> int:
+        return padded_tokens(lengths, self.max_batch_tokens)
 
     def score(self, pairs: TokenizedPairs) -> NDArray[np.float32]:
         for pair in np.unique(pairs.input_ids - FIRST_TOKEN).tolist():

@@ -37,7 +37,7 @@ def some_rows() -> pa.Table:
 def commit(output, rows: pa.Table | None = None, shard_id="000000-aaaaaaaa", **changes) -> ShardRecord:
     where = commit_settings(output, rank=TREC)
     rows = some_rows() if rows is None else rows
-    return commit_shard(shard_id, with_tokens(rows), 30, SECONDS, replace(where, **changes))
+    return commit_shard(shard_id, with_tokens(rows), 30, SECONDS, replace(where, **changes), "packed")
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -66,6 +66,7 @@ def test_a_record_counts_queries_candidates_tokens_and_keeps_the_times(tmp_path)
     assert sum(counts.score_histogram) == sum(counts.length_histogram) == 4  # the duplicate was scored, too
     assert counts.score_histogram[20] == counts.score_histogram[60] == 1
     assert counts.length_histogram[0] == 4
+    assert counts.forward_kinds == {"packed": 4}
     assert (record.seconds.read, record.seconds.tokenise, record.seconds.score) == (1.0, 2.0, 3.0)
     assert record.seconds.write > 0
     assert record.finished_at > 0

@@ -39,7 +39,8 @@ def shard_rows(number: int) -> list[dict]:
 
 def commit(output: Location, part_id: str, rows: list[dict], num_buckets: int = 0) -> ShardRecord:
     settings = commit_settings(output, num_buckets=num_buckets, rank=RANK)
-    return commit_shard(part_id, with_tokens(thin_rows(*rows)), 8, StageSeconds(read=1, score=3), settings)
+    seconds, kind = StageSeconds(read=1, score=3), f"as {part_id[-1]}"
+    return commit_shard(part_id, with_tokens(thin_rows(*rows)), 8, seconds, settings, kind)
 
 
 def plan(num_rows: int, num_buckets: int = 0, layout: str = "pairs") -> Plan:
@@ -160,6 +161,7 @@ def test_two_phases_count_queries_once_and_tokens_where_they_were_scored(output,
     assert (counts.num_queries, counts.num_candidates, counts.num_scored) == (4, 9, 4)
     assert counts.refused == {"document_empty": 2, "duplicate_document": 1, "query_id_missing": 2}
     assert (counts.num_tokens, counts.num_padded_tokens) == (15, 16)
+    assert counts.forward_kinds == {"as a": 3, "as b": 2}
     assert [part["path"] for part in manifest(tmp_path)["parts"]] == [
         "results/part-b00000.parquet",
         "results/part-b00001.parquet",

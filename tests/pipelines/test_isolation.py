@@ -1,9 +1,12 @@
 """Scoring pairs that raise or kill: exactly the guilty ones are refused, and everything ends."""
 
+import weakref
+from typing import Any
+
 import numpy as np
 import psutil
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crossenc.errors import ScoreError
@@ -11,7 +14,7 @@ from crossenc.records import TokenizedPairs
 from crossenc.testing import FakeScorer
 from pipelines import isolation
 from pipelines.isolation import Outcome, is_broken, score_halving, score_isolated, select
-from tests.pipelines.guilty import GuiltyModel, GuiltyScorer, make_pairs
+from tests.pipelines.guilty import FIRST_TOKEN, GuiltyModel, GuiltyScorer, make_pairs
 
 
 def isolated(crimes: dict[int, str], num_pairs: int = 20) -> Outcome:
@@ -50,6 +53,7 @@ def test_no_pairs_need_no_scorer():
     assert len(score_isolated(GuiltyModel({}, load_crime="exit"), 1, GuiltyScorer({}), make_pairs(0)).scores) == 0
 
 
+@settings(deadline=None)
 @given(st.sets(st.integers(0, 19)))
 def test_halving_refuses_exactly_the_pairs_that_raise(guilty):
     outcome = score_halving(GuiltyScorer(dict.fromkeys(guilty, "raise")), make_pairs(20))
@@ -59,6 +63,57 @@ def test_halving_refuses_exactly_the_pairs_that_raise(guilty):
 def test_a_failure_says_what_was_raised_in_one_line():
     outcome = score_halving(GuiltyScorer({3: "raise"}), make_pairs(5))
     assert outcome.failures == {3: ("scoring_error", "ValueError: no score for this")}
+
+
+class Tensor:
+    """What a forward pass allocates."""
+
+
+class SmallDevice:
+    """A scorer on a device with room for `capacity` tensors, whose forward passes take one, and fail for one pair."""
+
+    max_batch_tokens, is_packed = 4096, True
+
+    def __init__(self, capacity: int, guilty: int) -> None:
+        self.capacity, self.guilty = capacity, guilty
+        self.alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
+
+    def score(self, pairs: TokenizedPairs) -> Any:
+        if len(self.alive) == self.capacity:
+            raise MemoryError("the device is full")
+        activations = Tensor()
+        self.alive.add(activations)
+        if self.guilty + FIRST_TOKEN in pairs.input_ids:
+            raise ValueError("no score for this")
+        return FakeScorer().score(pairs)
+
+
+def test_what_a_failed_forward_pass_had_allocated_is_free_before_its_halves_are_scored():
+    outcome = score_halving(SmallDevice(capacity=3, guilty=41), make_pairs(64))
+    check(outcome, {41: "scoring_error"}, num_pairs=64)
+
+
+def test_what_a_failed_forward_pass_had_allocated_is_free_before_a_child_looks_whether_it_is_broken():
+    class Pipe:
+        """A parent's end that asks for one pair's score and then goes away."""
+
+        asked, replies = [make_pairs(1)], []
+
+        def recv(self) -> TokenizedPairs:
+            if not self.asked:
+                raise EOFError
+            return self.asked.pop()
+
+        def send(self, reply: Any) -> None:
+            self.replies.append(reply)
+
+    class SmallModel(GuiltyModel):
+        def load_scorer(self, threads: int) -> Any:
+            return SmallDevice(capacity=1, guilty=0)
+
+    pipe: Any = Pipe()
+    isolation._serve(SmallModel({}), 1, pipe)
+    assert pipe.replies == [None, "scoring_error: ValueError: no score for this"]
 
 
 def test_a_scorer_is_broken_when_it_fails_on_an_ordinary_pair():

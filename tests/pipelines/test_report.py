@@ -109,10 +109,21 @@ def test_the_agreement_with_float32_is_shown_where_it_was_measured():
         num_queries=200, num_pairs=5000, num_other_documents=3, num_other_order=40, max_difference=0.02
     )
     page = render(replace(SUMMARY, agreement=measured))
+    assert "200 queries of one shard, with 5,000 pairs, were scored" in page
     assert "3 (1.5 %)" in page.replace("\N{NO-BREAK SPACE}", " ").replace("\N{NARROW NO-BREAK SPACE}", " ")
     assert "Not measured: it was cut short." in render(
         replace(SUMMARY, agreement=Agreement(note="not measured: it was cut short"))
     )
+
+
+def test_how_the_model_was_called_is_shown_with_the_number_of_pairs():
+    kinds = {"packed, varlen kernel": 100_000, "padded: it is compiled, or has hooks": 19_990}
+    page = Page(render(replace(PLAIN, counts=replace(PLAIN.counts, forward_kinds=kinds))))
+    for words in (
+        "Scored packed, varlen kernel 100,000 pairs",
+        "Scored padded: it is compiled, or has hooks 19,990 pairs",
+    ):
+        assert words in page.text
 
 
 def test_the_headline_counts_are_the_summary_s(full_page):

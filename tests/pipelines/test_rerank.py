@@ -184,6 +184,8 @@ def test_a_run_in_another_number_format_says_how_it_agrees_with_float32(collecti
     rerank(config, connect=lambda: 2, stream=io.StringIO())
     found = read_manifest(tmp_path / "out")["agreement_with_float32"]
     assert found["num_queries"] == 20 and found["num_pairs"] == len(collection.pairs)
+    kinds = read_manifest(tmp_path / "out")["counts"]["forward_kinds"]
+    assert kinds == {"packed, SDPA by groups of equal length": len(collection.pairs)}
     assert 0 < found["mean_difference"] < found["max_difference"] < 0.1
     assert "Agreement with float32" in (tmp_path / "out" / "report.html").read_text()
     run(tmp_path / "exact", **collection.write("pairs"))

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from crossenc.batching import padded_tokens
 from crossenc.records import TokenizedPairs
 from crossenc.testing import FakeScorer, FakeTokenizer
 from pipelines import storage
@@ -61,6 +62,10 @@ class StumblingScorer:
     score_log: str = ""
     max_batch_tokens: int = 4096
     is_packed: bool = False
+    forward_kind: str = "padded: there is no model"
+
+    def num_fed_tokens(self, lengths: NDArray[np.int64]) -> int:
+        return padded_tokens(lengths, self.max_batch_tokens)
 
     def score(self, pairs: TokenizedPairs) -> NDArray[np.float32]:
         found = {word for word, token in self.markers.items() if (pairs.input_ids == token).any()}

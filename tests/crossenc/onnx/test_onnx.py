@@ -21,11 +21,13 @@ from transformers import (
 )
 
 from crossenc import CheckpointError, ConfigError, CrossEncoder, InputError
+from crossenc.engine import Engine
 from crossenc.modules import Dense, LayerNorm, LogitScore, Pooling, Transformer
 from crossenc.onnx import quantize
 from crossenc.onnx.export import export_onnx
 from crossenc.onnx.session import OnnxNetwork
 from crossenc.quiet import quiet_transformers
+from crossenc.records import TokenizedPairs
 from crossenc.testing import WORDS, tiny_checkpoint
 
 MAX_LENGTH = 48
@@ -227,6 +229,56 @@ def test_a_pool_scores_with_the_file_too(bert):
     pairs = random_pairs(4)
     with with_onnx.start_multi_process_pool(["cpu"]) as pool:
         np.testing.assert_array_equal(with_onnx.predict(pairs, pool=pool), with_onnx.predict(pairs))
+
+
+def save_greedy_network(path: Path) -> None:
+    """A network that takes one float of memory for one pair, and for B pairs 2 ** 48 * (B - 1) more."""
+    nodes = [
+        helper.make_node("Shape", ["input_ids"], ["shape"], start=0, end=1),
+        helper.make_node("Sub", ["shape", "one"], ["num_more"]),
+        helper.make_node("Mul", ["num_more", "huge"], ["product"]),
+        helper.make_node("Add", ["product", "one"], ["size"]),
+        helper.make_node("Cast", ["input_ids"], ["values"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMax", ["values"], ["largest"], keepdims=0),
+        helper.make_node("Expand", ["largest", "size"], ["expanded"]),
+        helper.make_node("ReduceMax", ["expanded"], ["again"], keepdims=0),
+        helper.make_node("ReduceSum", ["values", "one"], ["sums"], keepdims=1),
+        helper.make_node("Mul", ["sums", "again"], ["logits"]),
+    ]
+    constants = [
+        helper.make_tensor(*each)
+        for each in (("one", TensorProto.INT64, [1], [1]), ("huge", TensorProto.INT64, [1], [1 << 48]))
+    ]
+    inputs = [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["pairs", "tokens"])]
+    outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["pairs", 1])]
+    graph = helper.make_graph(nodes, "greedy", inputs, outputs, constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+
+
+def test_a_batch_that_a_session_has_no_memory_for_is_halved(tmp_path):
+    save_greedy_network(tmp_path / "model.onnx")
+    calls = []
+    engine = Engine(
+        network=OnnxNetwork(tmp_path / "model.onnx", 1),
+        num_labels=1,
+        pad_token_id=0,
+        padding_side="right",
+        activation=torch.nn.Identity(),
+        device=torch.device("cpu"),
+        max_batch_tokens=100,
+        on_out_of_memory=lambda: calls.append(None),
+    )
+    ids, offsets = np.array([1, 2, 3, 4, 5], np.int32), np.array([0, 2, 5])
+    pairs = TokenizedPairs(ids, offsets, None, np.zeros(2, bool))
+    assert (engine.score(pairs).tolist(), len(calls)) == ([(1 + 2) * 2, (3 + 4 + 5) * 5], 1)
+
+
+def test_other_errors_of_a_session_are_raised_as_they_are(tmp_path):
+    save_greedy_network(tmp_path / "model.onnx")
+    network = OnnxNetwork(tmp_path / "model.onnx", 1)
+    with pytest.raises(Exception, match="Invalid rank for input") as caught:
+        network({"input_ids": torch.ones(3, dtype=torch.int64)})
+    assert not isinstance(caught.value, torch.OutOfMemoryError)
 
 
 def test_int8_keeps_its_error_by_leaving_the_worst_layers_in_float32(bert):
