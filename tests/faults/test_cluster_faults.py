@@ -29,10 +29,9 @@ from tests.support.processes import DriverProcess, children, wait_for
 from tests.support.ray_nodes import Nodes, WorkerNode, ray_nodes
 from tests.support.rerank_driver import Drivers, drivers, undisturbed
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.faults]
+pytestmark = pytest.mark.timeout(900)
 #: With it a shard of 20 candidates takes about half a second.
 SLOW = ("--seconds-per-pair", "0.025")
-NUM_SHARDS = 40
 
 
 class Scene:
@@ -101,6 +100,7 @@ def test_a_killed_raylet_costs_nothing(scene, nodes, starter, tmp_path):
     check(scene, driver, tmp_path)
 
 
+@pytest.mark.faults
 def test_nodes_that_are_lost_and_replaced_one_after_the_other_cost_nothing(scene, nodes, starter, tmp_path):
     driver = begin(starter, nodes, scene.job(tmp_path))
     for _ in range(2):
@@ -111,6 +111,7 @@ def test_nodes_that_are_lost_and_replaced_one_after_the_other_cost_nothing(scene
     check(scene, driver, tmp_path)
 
 
+@pytest.mark.faults
 def test_all_scoring_actors_killed_in_turn_cost_nothing(scene, nodes, starter, tmp_path):
     driver = begin(starter, nodes, scene.job(tmp_path))
     killed = set()
@@ -124,6 +125,7 @@ def test_all_scoring_actors_killed_in_turn_cost_nothing(scene, nodes, starter, t
     check(scene, driver, tmp_path)
 
 
+@pytest.mark.faults
 def test_a_slow_scoring_process_holds_up_its_own_shard_alone(scene, nodes, starter, tmp_path):
     driver = begin(starter, nodes, scene.job(tmp_path))
     actor = scoring_node(nodes).actors("ScoreShards")[0]
@@ -134,6 +136,7 @@ def test_a_slow_scoring_process_holds_up_its_own_shard_alone(scene, nodes, start
     check(scene, driver, tmp_path)
 
 
+@pytest.mark.faults
 def test_a_node_that_stands_still_is_given_up_and_does_no_harm_when_it_comes_back(
     scene, starter, tmp_path, monkeypatch
 ):
@@ -156,6 +159,7 @@ def test_a_node_that_stands_still_is_given_up_and_does_no_harm_when_it_comes_bac
         check(scene, driver, tmp_path)
 
 
+@pytest.mark.faults
 def test_a_node_that_is_announced_to_be_taken_back_costs_nothing(scene, nodes, starter, tmp_path):
     driver = begin(starter, nodes, scene.job(tmp_path))
     node = scoring_node(nodes)
@@ -166,6 +170,7 @@ def test_a_node_that_is_announced_to_be_taken_back_costs_nothing(scene, nodes, s
     check(scene, driver, tmp_path)
 
 
+@pytest.mark.faults
 def test_a_shard_is_not_blamed_for_nodes_that_are_taken_back_while_it_is_scored(tmp_path, starter):
     settings = Collection(make_collection(tmp_path / "in", num_queries=2).pairs, tmp_path / "in").write("pairs")
     job = write_job(tmp_path / "job.yaml", output=str(tmp_path / "out"), scoring={"cpus_per_actor": 1}, **settings)
@@ -182,6 +187,7 @@ def test_a_shard_is_not_blamed_for_nodes_that_are_taken_back_while_it_is_scored(
     assert read_quarantine(tmp_path / "out").empty
 
 
+@pytest.mark.faults
 def test_a_killed_driver_is_resumed_on_the_same_cluster(scene, nodes, starter, tmp_path):
     job = scene.job(tmp_path)
     driver = begin(starter, nodes, job)
@@ -192,6 +198,7 @@ def test_a_killed_driver_is_resumed_on_the_same_cluster(scene, nodes, starter, t
     assert {name: parts(tmp_path / "out")[name] for name in before} == before
 
 
+@pytest.mark.faults
 def test_the_death_of_the_control_service_ends_the_run_with_a_message_and_another_cluster_goes_on(
     scene, starter, tmp_path
 ):
@@ -208,6 +215,7 @@ def test_the_death_of_the_control_service_ends_the_run_with_a_message_and_anothe
     assert {name: parts(tmp_path / "out")[name] for name in before} == before
 
 
+@pytest.mark.faults
 @pytest.mark.usefixtures("ray_cluster")
 def test_shards_larger_together_than_the_object_store_are_held_back_not_lost(starter, tmp_path):
     """200 MB of columns that are passed through, for stores of 80 MB, the smallest that Ray makes."""
@@ -225,6 +233,7 @@ def test_shards_larger_together_than_the_object_store_are_held_back_not_lost(sta
     assert part_bytes(tmp_path / "out") == oracle
 
 
+@pytest.mark.faults
 def test_a_cluster_with_too_few_cpus_is_complained_of_and_a_larger_node_lets_it_finish(scene, starter, tmp_path):
     job = scene.job(tmp_path, scoring={"actors": 2, "cpus_per_actor": 2})
     with ray_nodes(tmp_path / "nodes", num_cpus=1) as nodes:
