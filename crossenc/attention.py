@@ -9,7 +9,7 @@ of a head.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -148,12 +148,17 @@ def attend(  # noqa: PLR0913
     weights that training leaves out. With `first_only` the states of all but first tokens are zeros, and cost nothing.
     """
     asked = query[sequences.first_tokens] if first_only else query
+    settings = _varlen_settings(query, scale, window)
     # The kernel would place a lone query at the end of its window, and leaves no weights out.
-    by_kernel = bias is None and not dropout and not (first_only and window is not None)
-    by_kernel &= takes_varlen_kernel(query.device, query.dtype, query.shape[-1])
-    by_kernel &= not _varlen_settings(query, scale, window) or _varlen_has_settings()
+    by_kernel = (
+        bias is None
+        and not dropout
+        and not (first_only and window is not None)
+        and takes_varlen_kernel(query.device, query.dtype, query.shape[-1])
+        and (not settings or _varlen_has_settings())
+    )
     if by_kernel:
-        states = _varlen(asked, key, value, scale, sequences, window)
+        states = _varlen(asked, key, value, sequences, settings)
     else:
         states = _by_length(asked, key, value, scale, sequences, window, bias, dropout)
     return torch.zeros_like(query).index_copy(0, sequences.first_tokens, states) if first_only else states
@@ -225,14 +230,11 @@ def _varlen_has_settings() -> bool:
     return {"scale", "window_size"} <= signature(varlen_attn).parameters.keys()
 
 
-def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, sequences: Sequences, window: int | None
-) -> Tensor:
+def _varlen(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, settings: Mapping[str, Any]) -> Tensor:
     starts, longest = sequences.starts, int(sequences.lengths.max())
     query_starts, longest_query = starts, longest
     if len(query) < len(key):  # first tokens alone
         query_starts, longest_query = torch.arange(len(starts), dtype=starts.dtype, device=starts.device), 1
-    settings = _varlen_settings(query, scale, window)
     states = varlen_attn(query, key, value, query_starts, starts, longest_query, longest, **settings)
     assert isinstance(states, Tensor)  # a pair only where more was asked for
     return states

@@ -193,7 +193,7 @@ def scoring_view(network: nn.Module, is_packed: bool) -> nn.Module:
         return network
     transformer, heads = parts
     if transformer.task == "text-generation":
-        return _asked_in_float32(network)
+        return _asked_in_float32(network, transformer, heads)
     is_wide = not is_narrow(transformer.model.dtype)
     if is_wide and not is_packed:
         return network
@@ -227,11 +227,8 @@ def _output_embedding(transformer: Transformer, heads: list[nn.Module]) -> tuple
     return next(((name, child) for name, child in model.named_children() if child is head), None)
 
 
-def _asked_in_float32(network: nn.Module) -> nn.Module:
+def _asked_in_float32(network: nn.Module, transformer: Transformer, heads: list[nn.Module]) -> nn.Module:
     """A language model that computes in float32 the logits that its score is made of, and no others."""
-    parts = _parts_of(network)
-    assert parts is not None
-    transformer, heads = parts
     embedding = _output_embedding(transformer, heads)
     if embedding is None or not is_narrow(transformer.model.dtype):
         return network

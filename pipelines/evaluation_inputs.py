@@ -23,11 +23,10 @@ from pipelines.lines import json_lines
 from pipelines.plan import Plan
 from pipelines.rankings import Ranking, Tables
 from pipelines.storage import FileInfo, expand, locate, open_input
-from pipelines.texts import TextTable, find_table
+from pipelines.texts import JSON_IDS, TextTable, find_table
 
 #: More values than this are no segments.
 _MAX_SEGMENTS = 50
-_JSON_IDS = ("_id", "id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +230,7 @@ def _json_rows(file: FileInfo, columns: Sequence[str], names: Mapping[str, str])
 
 def _json_id(body: Mapping[str, Any], role: str, place: str) -> str:
     """The id of a line, as text. Raises InputError where it has none."""
-    for name in (*_JSON_IDS, *ALIASES[role]):
+    for name in (*JSON_IDS, *ALIASES[role]):
         if isinstance(body.get(name), str | int):
             return str(body[name])
     raise InputError(f"{place}: no _id; BEIR's lines have _id and text")

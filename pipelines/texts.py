@@ -42,8 +42,10 @@ _BATCH_ROWS = 4096
 _BATCH_BYTES = 64 * 2**20
 _NULL = -1
 _SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".tsv", ".tsv.gz")
-#: What BEIR and others call the id in JSON lines, and how many lines tell the names of the others.
-_JSON_IDS, _SCHEMA_LINES = ("_id", "id"), 100
+#: What BEIR and others call the id in JSON lines.
+JSON_IDS = ("_id", "id")
+#: Lines that tell the names of the other columns.
+_SCHEMA_LINES = 100
 
 #: A text as UTF-8 bytes; its number of bytes where they are too many to hold; or None for null.
 Text = bytes | int | None
@@ -105,7 +107,7 @@ def _find_columns(kind: str, file: FileInfo, id_role: str, names: Mapping[str, s
     is_json, aliases = _format_of(file) == "jsonl", dict(layouts.ALIASES)
     if is_json:
         schema = _json_schema(file)
-        aliases[id_role] = (*_JSON_IDS, *aliases[id_role])
+        aliases[id_role] = (*JSON_IDS, *aliases[id_role])
     else:
         schema = read_footer(file).schema.to_arrow_schema()
         layouts.check_schema(schema, str(file.location))

@@ -277,8 +277,8 @@ class _Worker:
         self._state = replace(self._state, value=value)
         if values:
             self._add_point({**values, "seconds": self._seconds()})
-        if values and self._is_first:
-            ray.get(self._task.board.validated.remote(self._state.logs[-1]))
+            if self._is_first:
+                ray.get(self._task.board.validated.remote(self._state.logs[-1]))
         self._news.leave_out(time.monotonic() - began)
 
     def _is_time_to_look(self) -> bool:
