@@ -1,11 +1,13 @@
 """Texts to token ids: pairs exactly as the checkpoint's own tokenizer would encode them, unpadded.
 
 Each distinct query and document is tokenised once per call and pairs are assembled from the ids: a query that
-goes with a hundred documents costs one tokenisation, not a hundred. Knows no model, device or batch.
+goes with a hundred documents costs one tokenisation, not a hundred. Where a tokenizer's pairs are more than their
+texts and fixed special tokens around them, it encodes each pair itself. Knows no model, device or batch.
 
 Shape letters: P pairs, T tokens.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +20,13 @@ from crossenc.errors import CheckpointError, ConfigError, InputError
 from crossenc.records import TokenizedPairs
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
     from crossenc.chat import ChatTokenizer
     from crossenc.layout import Layout
 
+logger = logging.getLogger(__name__)
 #: Families whose position table starts at padding_idx + 1, so that many of its rows never hold a token.
 _OFFSET_POSITION_FAMILIES = {
     "camembert",
@@ -41,6 +45,12 @@ _OFFSET_POSITION_FAMILIES = {
 }
 #: What a pair that is too long loses tokens of; the first is what applies where nothing is said.
 TRUNCATIONS = ("longest_first", "only_first", "only_second")
+#: Pairs by which a tokenizer shows whether its pairs can be assembled: of one token, of several, of odd characters.
+_PROBES = (
+    ("a", "a"),
+    ("what is it", "It is 1 of 3, e.g. this."),
+    (" naïve?\n", "\u201cTwo\u201d  lines\n\nof it\u2026 "),
+)
 #: Texts per call into the Rust tokenizer, whose results take about 100 bytes a token until copied out.
 _TEXTS_PER_CALL = 512
 
@@ -126,11 +136,13 @@ class PairTokenizer:
         self.prompt = prompt
         self.pad_token_id = int(tokenizer.pad_token_id)
         self.padding_side = str(tokenizer.padding_side)
-        self._template = _pair_template(tokenizer)
-        if max_length <= self._template.num_tokens:
+        self._has_types = "token_type_ids" in tokenizer.model_input_names
+        self._template = self._checked_template()
+        num_special = tokenizer.num_special_tokens_to_add(pair=True)
+        if max_length <= num_special:
             raise ConfigError(
-                f"max_length is {max_length}, but a pair has {self._template.num_tokens} special tokens: "
-                f"set max_length to {self._template.num_tokens + 1} or more"
+                f"max_length is {max_length}, but a pair has {num_special} special tokens: "
+                f"set max_length to {num_special + 1} or more"
             )
 
     def encode(self, queries: Sequence[str], documents: Sequence[str], prompt: str | None = None) -> TokenizedPairs:
@@ -148,6 +160,8 @@ class PairTokenizer:
         prompt = self.prompt if prompt is None else prompt
         if prompt:
             queries = [prompt + query for query in queries]
+        if self._template is None:
+            return self._encode_whole(queries, documents)
         return self._template.join(
             self._tokenise(queries),
             self._tokenise(documents),
@@ -155,6 +169,50 @@ class PairTokenizer:
             keep_ends=self.tokenizer.truncation_side == "left",
             truncation=self.truncation,
         )
+
+    def _checked_template(self) -> "PairTemplate | None":
+        """What pairs are assembled by; None, with a warning, where that is not what the tokenizer itself makes."""
+        template, is_equal = _pair_template(self.tokenizer), True
+        num_special = self.tokenizer.num_special_tokens_to_add(pair=True)
+        for query, document in _PROBES:
+            queries, documents = self._tokenise([query]), self._tokenise([document])
+            whole = self.tokenizer.backend_tokenizer.encode(query, document)
+            if len(whole.ids) > len(queries.flat) + len(documents.flat) + num_special:
+                raise CheckpointError("the tokenizer puts a text into a pair twice, for which no length can be kept")
+            if template is not None:
+                pair = template.join(queries, documents, len(whole.ids))
+                types = whole.type_ids if pair.token_type_ids is None else pair.token_type_ids.tolist()
+                is_equal &= (pair.input_ids.tolist(), types) == (whole.ids, whole.type_ids)
+        if template is not None and is_equal:
+            return template
+        logger.warning("this tokenizer's pairs cannot be assembled from their texts: it encodes each one by itself")
+        return None
+
+    def _encode_whole(self, queries: Sequence[str], documents: Sequence[str]) -> TokenizedPairs:
+        """Each pair by the tokenizer itself."""
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_padding()
+        encodings = [self._encode_one(query, document) for query, document in zip(queries, documents, strict=True)]
+        backend.no_truncation()
+        ids = [np.array(encoding.ids, np.int32) for encoding in encodings]
+        types = [np.array(encoding.type_ids, np.uint8) for encoding in encodings]
+        return TokenizedPairs(
+            np.concatenate([np.empty(0, np.int32), *ids]),
+            np.cumsum([0, *map(len, ids)], dtype=np.int64),
+            np.concatenate([np.empty(0, np.uint8), *types]) if self._has_types else None,
+            np.array([bool(encoding.overflowing) for encoding in encodings], dtype=bool),
+        )
+
+    def _encode_one(self, query: str, document: str) -> "Encoding":
+        backend, side = self.tokenizer.backend_tokenizer, self.tokenizer.truncation_side
+        backend.enable_truncation(self.max_length, strategy=self.truncation, direction=side)
+        try:
+            return backend.encode(query, document)
+        except Exception as error:  # of no class of its own: nothing would be left of the text that is to be cut
+            if "Truncation error" not in str(error):
+                raise
+        backend.enable_truncation(self.max_length, strategy=TRUNCATIONS[0], direction=side)
+        return backend.encode(query, document)
 
     def encode_text(self, text: str, prompt: str | None = None) -> TokenizedPairs:
         """Tokenise one text without a document, as the tokenizer has it; otherwise as `encode`."""
@@ -164,7 +222,7 @@ class PairTokenizer:
         backend.enable_truncation(self.max_length, direction=self.tokenizer.truncation_side)
         encoding = backend.encode((self.prompt if prompt is None else prompt) + text)
         backend.no_truncation()
-        types = np.array(encoding.type_ids, np.uint8) if self._template.part_types is not None else None
+        types = np.array(encoding.type_ids, np.uint8) if self._has_types else None
         offsets = np.array([0, len(encoding.ids)], np.int64)
         return TokenizedPairs(np.array(encoding.ids, np.int32), offsets, types, np.array([bool(encoding.overflowing)]))
 
@@ -352,8 +410,8 @@ def _layout(
     return take, np.concatenate([np.zeros(1, np.int64), ends[4::5]])
 
 
-def _pair_template(tokenizer: "PreTrainedTokenizerFast") -> PairTemplate:
-    """Read the special tokens of a pair off an encoded example."""
+def _pair_template(tokenizer: "PreTrainedTokenizerFast") -> PairTemplate | None:
+    """Read the special tokens of a pair off an encoded example; None where the document comes first."""
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
@@ -366,7 +424,7 @@ def _pair_template(tokenizer: "PreTrainedTokenizerFast") -> PairTemplate:
     end_of_first = first + sequence.count(0)
     end_of_second = second + sequence.count(1)
     if first > second:
-        raise CheckpointError("the tokenizer puts the second text of a pair first, which is not supported")
+        return None
     part_types = None
     if "token_type_ids" in tokenizer.model_input_names:
         types = np.array(example.type_ids, dtype=np.uint8)

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, RobertaConfig
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoConfig, PreTrainedTokenizerFast, RobertaConfig
 
 from crossenc.errors import CheckpointError, ConfigError, InputError
 from crossenc.testing import FakeTokenizer, Family, tiny_checkpoint
-from crossenc.tokenizer import PairTokenizer, load_tokenizer, position_limit
+from crossenc.tokenizer import TRUNCATIONS, PairTokenizer, load_tokenizer, position_limit
 
 FAMILIES: tuple[Family, ...] = ("bert", "xlm-roberta", "electra", "modernbert")
 NUM_SPECIAL = {"bert": 3, "electra": 3, "modernbert": 3, "xlm-roberta": 4}
@@ -92,6 +93,40 @@ def test_cutting_one_text_alone_equals_transformers_while_something_is_left_of_i
         pairs = PairTokenizer(tokenizer.tokenizer, max_length, truncation=truncation).encode([pair[0]], [pair[1]])
         balanced = PairTokenizer(tokenizer.tokenizer, max_length).encode([pair[0]], [pair[1]])
         assert pairs.input_ids.tolist() == balanced.input_ids.tolist()
+
+
+def with_pairs(checkpoint: Path, template: str) -> PreTrainedTokenizerFast:
+    inner = load_tokenizer(checkpoint).tokenizer
+    special = [(token, inner.convert_tokens_to_ids(token)) for token in ("[CLS]", "[SEP]")]
+    inner.backend_tokenizer.post_processor = TemplateProcessing("[CLS] $A [SEP]", template, special)
+    return inner
+
+
+@pytest.mark.parametrize("truncation", TRUNCATIONS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_tokenizer_that_puts_the_document_first_encodes_pairs_itself_and_says_so(
+    truncation: str, side: str, checkpoints: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    inner = with_pairs(checkpoints["bert"], "[CLS] $B:0 [SEP] $A:1 [SEP]")
+    inner.truncation_side = side
+    with caplog.at_level("WARNING"):
+        tokenizer = PairTokenizer(inner, 60, truncation=truncation)
+    assert "it encodes each one by itself" in caplog.text
+    queries, documents = ["the water", "water " * 50, "the"], ["of the river", "the bank", "heart blood " * 20]
+    for query, document in zip(queries, documents, strict=True):
+        is_cut = {"only_first": len(query), "only_second": len(document)}.get(truncation, 200) > 100
+        kind = truncation if is_cut or len(query + document) < 100 else TRUNCATIONS[0]
+        if kind == truncation:
+            assert_equal_to_transformers(tokenizer, [query], [document], 60, truncation)
+        else:  # nothing would be left of the text that is to be cut
+            balanced = PairTokenizer(inner, 60).encode([query], [document])
+            assert tokenizer.encode([query], [document]).input_ids.tolist() == balanced.input_ids.tolist()
+    assert tokenizer.encode([], []).offsets.tolist() == [0]
+
+
+def test_a_tokenizer_that_puts_a_text_into_a_pair_twice_is_refused(checkpoints: dict[str, Path]) -> None:
+    with pytest.raises(CheckpointError, match="twice"):
+        PairTokenizer(with_pairs(checkpoints["bert"], "[CLS] $A:0 [SEP] $B:1 [SEP] $A:0"), 30)
 
 
 def test_an_unknown_truncation_is_refused(tokenizers: dict[str, PairTokenizer]) -> None:
