@@ -155,7 +155,7 @@ def attend(  # noqa: PLR0913
         and not dropout
         and not (first_only and window is not None)
         and takes_varlen_kernel(query.device, query.dtype, query.shape[-1])
-        and (not settings or _varlen_has_settings())
+        and (not settings or varlen_has_settings())
     )
     if by_kernel:
         states = _varlen(asked, key, value, sequences, settings)
@@ -225,7 +225,7 @@ def _varlen_settings(query: Tensor, scale: float, window: int | None) -> dict[st
 
 
 @cache
-def _varlen_has_settings() -> bool:
+def varlen_has_settings() -> bool:
     """Whether this version of torch lets a scale and a window be given; 2.10, the first with the kernel, does not."""
     return {"scale", "window_size"} <= signature(varlen_attn).parameters.keys()
 

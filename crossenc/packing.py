@@ -26,6 +26,7 @@ from crossenc.attention import (
     packed_attention,
     register,
     takes_varlen_kernel,
+    varlen_has_settings,
 )
 from crossenc.compiling import is_compiled
 from crossenc.float32_layers import Float32Linear
@@ -115,8 +116,11 @@ def kernel_of(network: nn.Module, device: torch.device) -> str:
     model = parts[0].model
     config = model.config
     width = config.hidden_size // config.num_attention_heads
-    takes_varlen = config.model_type != "mpnet" and takes_varlen_kernel(device, model.dtype, width)
-    return "varlen kernel" if takes_varlen else "SDPA by groups of equal length"
+    groups = "SDPA by groups of equal length"
+    if config.model_type == "mpnet" or not takes_varlen_kernel(device, model.dtype, width):
+        return groups
+    has_windows = getattr(config, "sliding_window", None) is not None
+    return f"varlen kernel, {groups} within windows" if has_windows and not varlen_has_settings() else "varlen kernel"
 
 
 def _parts_of(network: nn.Module) -> tuple[Transformer, list[nn.Module]] | None:

@@ -205,14 +205,16 @@ class PairTokenizer:
 
     def _encode_one(self, query: str, document: str) -> "Encoding":
         backend, side = self.tokenizer.backend_tokenizer, self.tokenizer.truncation_side
+        encoding: Encoding
         backend.enable_truncation(self.max_length, strategy=self.truncation, direction=side)
         try:
-            return backend.encode(query, document)
+            encoding = backend.encode(query, document)
         except Exception as error:  # of no class of its own: nothing would be left of the text that is to be cut
             if "Truncation error" not in str(error):
                 raise
-        backend.enable_truncation(self.max_length, strategy=TRUNCATIONS[0], direction=side)
-        return backend.encode(query, document)
+            backend.enable_truncation(self.max_length, strategy=TRUNCATIONS[0], direction=side)
+            encoding = backend.encode(query, document)
+        return encoding
 
     def encode_text(self, text: str, prompt: str | None = None) -> TokenizedPairs:
         """Tokenise one text without a document, as the tokenizer has it; otherwise as `encode`."""

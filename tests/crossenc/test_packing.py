@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from crossenc import CrossEncoder, attention, scoring
+from crossenc import CrossEncoder, attention, packing, scoring
 from crossenc.attention import MAX_PRODUCT_TOKENS, Sequences, _products, attend, packed_attention
 from crossenc.engine import Engine
 from crossenc.float32_layers import keep_in_float32
@@ -596,7 +596,7 @@ def test_torchs_kernel_is_asked_for_what_the_groups_compute(
 
 
 def test_this_version_of_torch_has_a_kernel_with_windows() -> None:
-    assert attention._varlen_has_settings()
+    assert attention.varlen_has_settings()
 
 
 def test_a_kernel_that_takes_no_settings_is_asked_for_what_it_does_of_its_own_accord(
@@ -610,7 +610,7 @@ def test_a_kernel_that_takes_no_settings_is_asked_for_what_it_does_of_its_own_ac
 
     monkeypatch.setattr(attention, "takes_varlen_kernel", lambda *_: True)
     monkeypatch.setattr(attention, "varlen_attn", old)
-    attention._varlen_has_settings.cache_clear()
+    attention.varlen_has_settings.cache_clear()
     try:
         query = torch.randn(4, 2, 8)
         sequences = Sequences(np.array([3, 1]), torch.tensor([0, 3, 4], dtype=torch.int32))
@@ -619,7 +619,7 @@ def test_a_kernel_that_takes_no_settings_is_asked_for_what_it_does_of_its_own_ac
         attend(query, query, query, 8**-0.5, sequences, window=1)
         assert calls == [3]
     finally:
-        attention._varlen_has_settings.cache_clear()
+        attention.varlen_has_settings.cache_clear()
 
 
 def test_the_kernel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -629,3 +629,8 @@ def test_the_kernel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [kernel_of(network, cuda) for network in narrow.values()] == ["varlen kernel", groups]
     assert kernel_of(classifier("bert").network, cuda) == groups
     assert kernel_of(narrow["bert"], torch.device("cpu")) == groups
+    modernbert = classifier("modernbert").network.bfloat16()
+    assert kernel_of(modernbert, cuda) == "varlen kernel"
+    monkeypatch.setattr(packing, "varlen_has_settings", lambda: False)
+    assert kernel_of(modernbert, cuda) == f"varlen kernel, {groups} within windows"
+    assert kernel_of(narrow["bert"], cuda) == "varlen kernel"
