@@ -141,6 +141,11 @@ def has_adapters(model: PreTrainedModel) -> bool:
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
+def adapters_are_off(model: PreTrainedModel) -> bool:
+    """Whether the adapters on a model are disabled."""
+    return has_adapters(model) and any(getattr(part, "disable_adapters", None) is True for part in model.modules())
+
+
 def base_of(model: "CrossEncoder") -> tuple[str, str | None]:
     """What an adapter of `model` names as its base, with the revision. Raises ConfigError where there is none."""
     if model.base_location is None:

@@ -175,24 +175,27 @@ def _by_length(
     dropout: float,
 ) -> Tensor:
     """Neighbours of equal length at once; a query of all tokens [T, H, E], or of first ones [B, H, E]."""
-    by_product = query.device.type == "cpu" and is_narrow(query.dtype) and is_fast_in_bfloat16(query.device)
+    is_on_cpu = query.device.type == "cpu"
+    by_product = is_on_cpu and is_narrow(query.dtype) and is_fast_in_bfloat16(query.device)
     is_short = len(query) < len(key)
-    parts, num_asked = [], 0
-    for first, end, length in sequences.groups:
-        num_sequences, num_queries = (end - first) // length, 1 if is_short else length
-        asked = query[num_asked : num_asked + num_sequences * num_queries]
-        num_asked += len(asked)
-        q, k, v = (
-            states.view(num_sequences, -1, *query.shape[1:]).transpose(1, 2)
-            for states in (asked, key[first:end], value[first:end])
-        )
+    groups = [((end - first) // length, length) for first, end, length in sequences.groups]
+    num_tokens = [num_sequences * length for num_sequences, length in groups]
+    num_asked = [num_sequences for num_sequences, _ in groups] if is_short else num_tokens
+    parts = []
+    # By split, whose gradient is put together once; that of a slice is as large as the whole each time.
+    split = zip(
+        groups, torch.split(query, num_asked), torch.split(key, num_tokens), torch.split(value, num_tokens), strict=True
+    )
+    for (num_sequences, length), asked, keys, values in split:
+        num_queries = 1 if is_short else length
+        q, k, v = (states.view(num_sequences, -1, *query.shape[1:]).transpose(1, 2) for states in (asked, keys, values))
         if bias is not None:
             mask = bias[None, :, :num_queries, :length]  # three dimensions take a kernel two or three times as slow
             states = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
         elif window is not None and length > window + 1:
             mask = sequences.window_mask(length, window)[:num_queries]
             states = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
-        elif by_product and length <= MAX_PRODUCT_TOKENS:
+        elif (is_on_cpu and dropout) or (by_product and length <= MAX_PRODUCT_TOKENS):
             states = _products(q, k, v, scale, dropout)
         else:
             states = functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
@@ -201,10 +204,29 @@ def _by_length(
 
 
 def _products(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float) -> Tensor:
-    """Queries [N, H, W or 1, E] to states; faster than the fused kernel where the matrix products are."""
+    """Queries [N, H, W or 1, E] to states; faster than the fused kernel where the matrix products are.
+
+    With dropout that kernel computes them, too, since it leaves no weights out.
+    """
     q, k, v = (states.flatten(0, 1) for states in (query, key, value))
-    weights = functional.dropout(torch.bmm(q * scale, k.transpose(1, 2)).softmax(dim=-1), dropout)
+    weights = torch.bmm(q * scale, k.transpose(1, 2)).softmax(dim=-1)
+    if dropout:
+        is_kept, factor = _drawn(weights.shape, dropout)
+        # In the weights' dtype: a product with bool takes three times as long.
+        return (torch.bmm(weights * is_kept.to(weights.dtype), v) * factor).view(query.shape)
     return torch.bmm(weights, v).view(query.shape)
+
+
+def _drawn(shape: torch.Size, dropout: float) -> tuple[Tensor, float]:
+    """Which weights dropout keeps, bool of `shape`, and the factor that keeps their mean.
+
+    Four weights share a random number of 64 bits, of which drawing a seventh of a training step is if each has its
+    own. So the share left out is a multiple of 2^-16.
+    """
+    num_left_out = round(dropout * 2**16)
+    numbers = torch.empty(-(-shape.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    is_kept = numbers.view(torch.int16)[: shape.numel()].view(shape) < 2**15 - num_left_out
+    return is_kept, 2**16 / max(1, 2**16 - num_left_out)
 
 
 def takes_varlen_kernel(device: torch.device, dtype: torch.dtype, width: int) -> bool:

@@ -13,12 +13,10 @@ from numpy.typing import NDArray
 
 from crossenc.errors import CheckpointError, ConfigError
 from crossenc.records import TokenizedPairs
-from crossenc.tokenizer import check_texts
+from crossenc.tokenizer import check_texts, token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-_TEXTS_PER_CALL = 512
 
 
 class ChatTokenizer:
@@ -69,10 +67,10 @@ class ChatTokenizer:
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text by itself, uncut and without special ones."""
-        return [len(row) for row in self._tokenise(texts)]
+        return [len(row) for row in token_ids(self.tokenizer, texts)]
 
     def _encode(self, conversations: Sequence[str], prompt: str) -> TokenizedPairs:
-        rows = self._tokenise(conversations)
+        rows = token_ids(self.tokenizer, conversations)
         truncated = np.array([len(row) > self.max_length for row in rows], dtype=bool)
         if truncated.any():
             ending = self._ending(prompt)
@@ -97,19 +95,11 @@ class ChatTokenizer:
         rendered: str = self.tokenizer.apply_chat_template(messages, tokenize=False, **self._template_settings)
         return rendered
 
-    def _tokenise(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
-        backend = self.tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        rows = []
-        for start in range(0, len(texts), _TEXTS_PER_CALL):
-            encodings = backend.encode_batch_fast(texts[start : start + _TEXTS_PER_CALL], add_special_tokens=False)
-            rows += [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
-        return rows
-
     def _ending(self, prompt: str) -> NDArray[np.int32]:
         """The tokens that the template puts after the texts: those that two different pairs end in alike."""
-        first, second = self._tokenise([self._render("0", "0", prompt), self._render("1 2 3 4", "1 2 3 4", prompt)])
+        first, second = token_ids(
+            self.tokenizer, [self._render("0", "0", prompt), self._render("1 2 3 4", "1 2 3 4", prompt)]
+        )
         width = min(len(first), len(second))
         differs = np.flatnonzero(first[::-1][:width] != second[::-1][:width])
         return first[len(first) - int(differs[0]) :] if len(differs) else first[:0]

@@ -15,7 +15,12 @@ from typing import Any
 import fsspec
 from filelock import FileLock
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 
 from crossenc.errors import CheckpointError, ConfigError, CrossEncError, InputError, StorageError
@@ -28,6 +33,8 @@ _THREE_FORMS = (
     "give a folder that exists, a URI such as s3://bucket/folder "
     f"({', '.join(_SCHEMES)}), or a hub id such as owner/name or owner/name@revision"
 )
+#: Whose a hub id without an owner is, if it is nobody's.
+_DEFAULT_OWNER = "cross-encoder"
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(@(?P<revision>[\w.][\w./-]*))?")
 #: What file listings call a file's version, the surest first.
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "created")
@@ -54,7 +61,8 @@ def fetch(
 
     `source` is a local folder (used where it is), a URI of an allowed scheme (copied under `cache_dir`, by
     default $CROSSENC_CACHE or ~/.cache/crossenc, again only when a file there changed), or a Hugging Face hub
-    id with an optional `@revision` (kept in the hub's own cache unless `cache_dir` is given).
+    id with an optional `@revision` (kept in the hub's own cache unless `cache_dir` or $SENTENCE_TRANSFORMERS_HOME is
+    given), whose owner is cross-encoder where it has none and the hub knows no such model.
     `storage_options` go to the fsspec filesystem of a URI, `token` to the hub, which `local_files_only` keeps from
     being asked. `also` is the path in the checkpoint of one more file, brought along if it is there, with those whose
     names begin with its own.
@@ -143,23 +151,31 @@ def _fetch_from_hub(
     if revision is not None and suffix is not None and revision != suffix:
         raise InputError(f"{text} and revision={revision!r} name different revisions: give one")
 
-    def download(allowed: list[str], ignored: list[str] | None) -> str:
+    def download(repo: str, allowed: list[str], ignored: list[str] | None) -> str:
         return snapshot_download(
-            match["repo"],
+            repo,
             revision=revision or suffix,
-            cache_dir=cache_dir,
+            cache_dir=cache_dir or os.environ.get("SENTENCE_TRANSFORMERS_HOME"),
             token=token,
             local_files_only=local_files_only,
             allow_patterns=allowed,
             ignore_patterns=ignored,
         )
 
-    try:
+    def download_all(repo: str) -> Path:
         # fnmatch's * matches a slash too; other folders hold checkpoints of the training run, other formats
-        folder = download([f"*{suffix}" for suffix in _SUFFIXES], ["[!0-9]*/*", "*/*/*"])
+        folder = download(repo, [f"*{suffix}" for suffix in _SUFFIXES], ["[!0-9]*/*", "*/*/*"])
         if also is not None:
-            download([f"{also}*"], None)  # into the same folder; weights beside an ONNX file begin with its name
+            download(repo, [f"{also}*"], None)  # into the same folder; weights beside an ONNX file begin with its name
         return Path(folder)
+
+    try:
+        try:
+            return download_all(match["repo"])
+        except (RepositoryNotFoundError, LocalEntryNotFoundError):
+            if "/" in match["repo"]:
+                raise
+        return download_all(f"{_DEFAULT_OWNER}/{match['repo']}")
     except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise InputError(f"{text} is no folder here and not on the hub (or not readable): {_THREE_FORMS}") from error
     except OSError as error:

@@ -269,11 +269,16 @@ class Engine:
         return width * shapes.num_rows(len(lengths), min(most, self.max_batch_pairs or most))
 
     def _in_input_order(self, scores: list[torch.Tensor], batches: list[NDArray[np.int64]]) -> NDArray[np.float32]:
-        num_pairs = sum(map(len, batches))
-        result = np.empty((num_pairs, self.num_labels), dtype=np.float32)
-        if scores:
-            result[np.concatenate(batches)] = torch.cat(scores).cpu().numpy()
-        return result[:, 0] if self.num_labels == 1 else result
+        if not scores:
+            return np.empty(0 if self.num_labels == 1 else (0, self.num_labels), dtype=np.float32)
+        values, order = torch.cat(scores).cpu().numpy(), np.concatenate(batches)
+        if len(values) != len(order):
+            raise ConfigError(
+                f"the activation makes {len(values)} scores of {len(order)} pairs: it must keep their number"
+            )
+        result = np.empty(values.shape, dtype=np.float32)
+        result[order] = values
+        return result[:, 0] if self.num_labels == 1 and result.ndim == 2 else result
 
     def _score_or_none(
         self, forward: Callable[[NDArray[np.int64]], torch.Tensor], batch: NDArray[np.int64], is_smallest: bool

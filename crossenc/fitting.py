@@ -189,6 +189,7 @@ def fit(
             if not (settings.evaluation_steps > 0 and step % settings.evaluation_steps == 0):
                 keeper.evaluate(epoch, step, step / num_batches)
     card.training_seconds = time.monotonic() - started
+    keeper.warn_if_none()
     if evaluator is None and settings.output_path is not None:
         model.save_pretrained(settings.output_path)
 
@@ -220,11 +221,18 @@ class _BestKeeper:
         value = float(result[self._evaluator.primary_metric] if isinstance(result, Mapping) else result)  # type: ignore[attr-defined]
         if self._callback is not None:
             self._callback(value, epoch, step)
+        value = value if getattr(self._evaluator, "greater_is_better", True) else -value
         if value > self._best:
             self._best = value
             model.model_card_data.best_step = step if self._settings.save_best_model else None
             if self._settings.save_best_model and output_path is not None:
                 model.save_pretrained(output_path)
+
+    def warn_if_none(self) -> None:
+        """Say that no model was saved, where one should have been."""
+        wants_one = self._evaluator is not None and self._settings.save_best_model and self._settings.output_path
+        if wants_one and self._best == -math.inf:
+            logger.warning("no model was saved: no evaluation gave a number that could be the best")
 
 
 def text_loss(

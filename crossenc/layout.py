@@ -33,8 +33,8 @@ class Layout:
 
     `task` is the Transformer's; `parts` holds the class and the folder of each part after it. `activation` is the
     full name that the checkpoint gives, None where it gives none. `text_settings` may hold the max_length and the
-    truncation of pairs, `template_settings` are for the chat template. `fp32_modules` are linear layers that compute in
-    float32.
+    truncation of pairs, `template_settings` are for the chat template, which pairs go through where the tokenizer has
+    one and `may_chat`. `fp32_modules` are linear layers that compute in float32.
     """
 
     task: str
@@ -44,6 +44,7 @@ class Layout:
     default_prompt_name: str | None = None
     text_settings: Mapping[str, Any] = field(default_factory=dict)
     template_settings: Mapping[str, Any] = field(default_factory=dict)
+    may_chat: bool = True
     fp32_modules: tuple[str, ...] = ()
 
     @property
@@ -119,7 +120,16 @@ def _read_modules(folder: Path) -> tuple[str, tuple[tuple[str, str], ...], dict[
             f"{folder / TRANSFORMER_FILE} sets processing_kwargs for {', '.join(unknown)}, which change what the"
             " model sees and are not supported"
         )
-    return task, tuple(kinds[1:]), {"text_settings": text_settings, "template_settings": template_settings}
+    inputs = settings.get("modality_config")
+    return (
+        task,
+        tuple(kinds[1:]),
+        {
+            "text_settings": text_settings,
+            "template_settings": template_settings,
+            "may_chat": inputs is None or "message" in inputs,
+        },
+    )
 
 
 def read_num_labels(folder: str | Path, layout: Layout) -> int:

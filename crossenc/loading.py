@@ -20,7 +20,7 @@ from transformers import (
 
 from crossenc.activations import make_activation
 from crossenc.adapters import put_saved_adapter
-from crossenc.errors import CheckpointError
+from crossenc.errors import CheckpointError, ConfigError
 from crossenc.layout import Layout, activation_kind, claims_head, load_config
 from crossenc.modules import PARTS, Dense, LogitScore, Transformer
 from crossenc.quiet import quiet_transformers
@@ -137,7 +137,7 @@ def load_model(
 
     Raises CheckpointError where it does not load, or weights have another shape than the configuration says.
     """
-    given = dict(settings or {})
+    given = _taken(settings or {})
     makes_anew = bool(given.pop("ignore_mismatched_sizes", False))
     try:
         with quiet_transformers():
@@ -165,6 +165,18 @@ def load_model(
     _check_finite(model, folder)
     model.eval()
     return model, missing
+
+
+def _taken(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a user's settings goes to transformers. Raises ConfigError for those that are never taken."""
+    if settings.get("device_map") is not None:
+        raise ConfigError("device_map is not supported: choose the device by device=, and several by a pool")
+    if settings.get("trust_remote_code"):
+        raise ConfigError("trust_remote_code is not supported: code that comes with a checkpoint is never run")
+    if settings.get("use_safetensors") is False:
+        raise ConfigError("use_safetensors=False is not supported: weights are never read from pickles")
+    fixed = ("device_map", "trust_remote_code", "use_safetensors", "local_files_only")  # as we set them anyway
+    return {name: value for name, value in settings.items() if name not in fixed}
 
 
 def _check_finite(part: nn.Module, folder: str | Path) -> None:

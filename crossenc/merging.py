@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from crossenc.adapters import has_adapters
 from crossenc.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -44,11 +45,15 @@ def merge_models(models: "Sequence[CrossEncoder]", method: str, parameters: Mapp
         merged = {name: _on_arc(states[0][name], states[1][name], t) for name in states[0]}
     result = deepcopy(models[0])
     result.load_state_dict(merged)
+    result.forget_origin()
     return result
 
 
 def _check_alike(models: "Sequence[CrossEncoder]") -> None:
     first = models[0]
+    for position, model in enumerate(models):
+        if has_adapters(model.model):
+            raise ConfigError(f"model {position} has an adapter, which has no mean: call merge_adapters() on it first")
     shapes = {name: tensor.shape for name, tensor in first.state_dict().items()}
     for position, model in enumerate(models[1:], start=1):
         if {name: tensor.shape for name, tensor in model.state_dict().items()} != shapes:

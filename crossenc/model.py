@@ -143,13 +143,14 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
                 also=None if onnx_settings is None else onnx_settings.path,
                 **places,
             )
+            base = fetch_base(folder, **places)
             source = source_of_folder(
                 folder,
                 str(model_name_or_path),
                 revision,
-                base=fetch_base(folder, **places),
+                base=base,
                 num_labels=stated_labels if num_labels is None else num_labels,
-                dtype=_dtype_of(folder, stated_dtype, dtype, chosen_device),
+                dtype=_dtype_of(base or folder, stated_dtype, dtype, chosen_device),
                 config_settings=config_settings,
                 model_settings=model_settings,
                 processor_settings=processor_settings,
@@ -349,6 +350,12 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
         first.base_lacks_head = False
         self._source = replace(self._source, location=None)
 
+    def forget_origin(self) -> None:
+        """Say that the weights are of no checkpoint: neither its card nor what was measured with it is theirs."""
+        self._source = replace(self._source, location=None, readme=None)
+        card = self.model_card_data
+        self.model_card_data = CrossEncoderModelCardData(base_model=card.base_model, base_revision=card.base_revision)
+
     @property
     def readme(self) -> str | None:
         """The model card that the checkpoint came with, where it was a local folder with one."""
@@ -358,7 +365,10 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
     def processing_settings(self) -> Mapping[str, Mapping[str, Any]]:
         """How the checkpoint wants texts and chat templates to be processed, where it says so."""
         layout = self._source.layout
-        settings = {"text": layout.text_settings, "chat_template": layout.template_settings}
+        text = dict(layout.text_settings)
+        if "max_length" in text:
+            text["max_length"] = self.max_length
+        settings = {"text": text, "chat_template": layout.template_settings}
         return {name: dict(values) for name, values in settings.items() if values}
 
     @property
@@ -420,7 +430,8 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
     def preprocess(self, inputs: Sequence[Pair], prompt: str | None = None, task: str | None = None) -> Features:
         """Pairs as model inputs: a dict of int64 tensors [P, W] on the model's device.
 
-        `task` would name one of several routes through a model; there is one here, so it changes nothing.
+        `prompt` comes before the queries, the default prompt where it is None. `task` would name one of several routes
+        through a model; there is one here, so it changes nothing.
         """
         queries, documents = split_pairs(inputs)
         pairs = self._tokenizer.encode(queries, documents, self._prompt(prompt, None))
@@ -452,7 +463,7 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
         apply_softmax: bool = False,
         convert_to_numpy: bool = True,
         convert_to_tensor: bool = False,
-        device: str | torch.device | list[str] | None = None,
+        device: str | torch.device | list[str | torch.device] | None = None,
         pool: Pool | None = None,
         chunk_size: int | None = None,
         *,
@@ -504,7 +515,7 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
         batch_size: int | None = None,
         show_progress_bar: bool | None = None,
         activation_fn: Activation | None = None,
-        device: str | torch.device | list[str] | None = None,
+        device: str | torch.device | list[str | torch.device] | None = None,
         pool: Pool | None = None,
         chunk_size: int | None = None,
     ) -> list[dict[str, Any]]:
@@ -543,7 +554,7 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
         batch_size: int | None = None,
         show_progress_bar: bool | None = None,
         activation_fn: Activation | None = None,
-        device: str | torch.device | list[str] | None = None,
+        device: str | torch.device | list[str | torch.device] | None = None,
         pool: Pool | None = None,
         chunk_size: int | None = None,
     ) -> list[list[dict[str, Any]]]:
@@ -576,7 +587,7 @@ class CrossEncoder(nn.Sequential, AdapterMixin, FitMixin, OldNamesMixin, SaveMix
             for start, texts in zip(starts, lists, strict=False)
         ]
 
-    def start_multi_process_pool(self, target_devices: list[str] | None = None) -> Pool:
+    def start_multi_process_pool(self, target_devices: list[str | torch.device] | None = None) -> Pool:
         """Start a process for each of `target_devices` (all CUDA devices, or four times the CPU), to score with."""
         return Pool(self, default_devices() if target_devices is None else target_devices)
 

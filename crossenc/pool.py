@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from crossenc.adapters import adapters_are_off
 from crossenc.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,14 +41,19 @@ def default_devices() -> list[str]:
 class Pool:
     """Processes that hold copies of a model, one for each of `devices`; a context manager. `close` ends them."""
 
-    def __init__(self, model: "CrossEncoder", devices: Sequence[str]) -> None:
+    def __init__(self, model: "CrossEncoder", devices: Sequence[str | torch.device]) -> None:
         """Copies the model through a temporary folder. Raises ConfigError for no devices."""
         if not devices:
             raise ConfigError("a pool needs at least one device")
+        names = [str(device) for device in devices]
+        if adapters_are_off(model.model):
+            raise ConfigError(
+                "the processes of a pool would use the adapters, which are disabled: delete or enable them"
+            )
         self.num_devices = len(devices)
         self._folder = tempfile.TemporaryDirectory(prefix="crossenc-pool-")
         model.save_pretrained(self._folder.name)
-        num_on_cpu = sum(device.startswith("cpu") for device in devices)
+        num_on_cpu = sum(name.startswith("cpu") for name in names)
         num_threads = max(1, torch.get_num_threads() // max(1, num_on_cpu))
         settings: dict[str, Any] = {"dtype": str(model.dtype).removeprefix("torch."), "backend": model.get_backend()}
         settings["max_batch_tokens"] = model.max_batch_tokens
@@ -59,9 +65,9 @@ class Pool:
                 1,
                 mp_context=multiprocessing.get_context("spawn"),
                 initializer=_load,
-                initargs=(self._folder.name, device, settings, num_threads, model.compile_settings),
+                initargs=(self._folder.name, name, settings, num_threads, model.compile_settings),
             )
-            for device in devices
+            for name in names
         ]
 
     def __enter__(self) -> Self:
@@ -77,6 +83,8 @@ class Pool:
 
         The first error of a process is raised at once; chunks that have not begun are dropped then.
         """
+        if chunk_size is not None and chunk_size < 1:
+            raise ConfigError(f"chunk_size is {chunk_size}: give a number of pairs, or None")
         size = chunk_size or max(1, min(_MAX_CHUNK_PAIRS, -(-len(items) // (self.num_devices * _CHUNKS_PER_DEVICE))))
         chunks = [items[start : start + size] for start in range(0, len(items), size)]
         results: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(chunks)

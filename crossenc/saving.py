@@ -24,6 +24,7 @@ from huggingface_hub import HfApi
 from crossenc.activations import activation_name, is_told_by_name
 from crossenc.adapters import has_adapters, save_adapter
 from crossenc.card import ModelFacts, write_card
+from crossenc.chat import ChatTokenizer
 from crossenc.checkpoint import ADAPTER_FILE
 from crossenc.deprecation import accepts_old_arguments, warn_deprecated
 from crossenc.errors import ConfigError
@@ -259,7 +260,7 @@ def _write_settings(model: "CrossEncoder", folder: Path) -> None:
     }
     if model.processing_settings:
         settings["processing_kwargs"] = model.processing_settings
-    if model.tokenizer.chat_template:
+    if isinstance(model.pair_tokenizer(), ChatTokenizer):
         settings["modality_config"]["message"] = {**text, "format": "flat"}
     modules = [
         {"idx": i, "name": str(i), "path": place, "type": type(part).saved_type}

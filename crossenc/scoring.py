@@ -44,7 +44,7 @@ def score_inputs(
     model: "CrossEncoder",
     inputs: Iterable[Any],
     settings: ScoreSettings,
-    device: str | torch.device | list[str] | None,
+    device: str | torch.device | list[str | torch.device] | None,
     pool: Pool | None,
     chunk_size: int | None,
 ) -> NDArray[np.float32]:
@@ -63,7 +63,7 @@ def score_pairs(
     queries: list[str],
     documents: list[str],
     settings: ScoreSettings,
-    device: str | torch.device | list[str] | None,
+    device: str | torch.device | list[str | torch.device] | None,
     pool: Pool | None,
     chunk_size: int | None,
 ) -> NDArray[np.float32]:
@@ -75,6 +75,8 @@ def score_pairs(
         if device is not None:
             model.to(torch.device(device))  # type: ignore[arg-type]  # no list, as seen above
         return _score_here(model, queries, documents, settings)
+    check_texts(queries, "query")  # here, so that an error names the place among all
+    check_texts(documents, "document")
     pairs = list(zip(queries, documents, strict=True))
     own_activation = replace(
         settings, activation_fn=settings.activation_fn or model.activation_fn, shows_progress=False

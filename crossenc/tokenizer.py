@@ -8,6 +8,7 @@ Shape letters: P pairs, T tokens.
 """
 
 import logging
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,9 @@ _PROBES = (
     ("what is it", "It is 1 of 3, e.g. this."),
     (" naïve?\n", "\u201cTwo\u201d  lines\n\nof it\u2026 "),
 )
+#: Held from setting truncation and padding of a Rust tokenizer, which threads share and transformers sets too, to the
+#: end of the call that needs them so.
+_SETTINGS_LOCK = threading.Lock()
 #: Texts per call into the Rust tokenizer, whose results take about 100 bytes a token until copied out.
 _TEXTS_PER_CALL = 512
 
@@ -190,10 +194,9 @@ class PairTokenizer:
 
     def _encode_whole(self, queries: Sequence[str], documents: Sequence[str]) -> TokenizedPairs:
         """Each pair by the tokenizer itself."""
-        backend = self.tokenizer.backend_tokenizer
-        backend.no_padding()
-        encodings = [self._encode_one(query, document) for query, document in zip(queries, documents, strict=True)]
-        backend.no_truncation()
+        with _SETTINGS_LOCK:
+            self.tokenizer.backend_tokenizer.no_padding()
+            encodings = [self._encode_one(query, document) for query, document in zip(queries, documents, strict=True)]
         ids = [np.array(encoding.ids, np.int32) for encoding in encodings]
         types = [np.array(encoding.type_ids, np.uint8) for encoding in encodings]
         return TokenizedPairs(
@@ -220,10 +223,10 @@ class PairTokenizer:
         """Tokenise one text without a document, as the tokenizer has it; otherwise as `encode`."""
         check_texts([text], "text")
         backend = self.tokenizer.backend_tokenizer
-        backend.no_padding()
-        backend.enable_truncation(self.max_length, direction=self.tokenizer.truncation_side)
-        encoding = backend.encode((self.prompt if prompt is None else prompt) + text)
-        backend.no_truncation()
+        with _SETTINGS_LOCK:
+            backend.no_padding()
+            backend.enable_truncation(self.max_length, direction=self.tokenizer.truncation_side)
+            encoding = backend.encode((self.prompt if prompt is None else prompt) + text)
         types = np.array(encoding.type_ids, np.uint8) if self._has_types else None
         offsets = np.array([0, len(encoding.ids)], np.int64)
         return TokenizedPairs(np.array(encoding.ids, np.int32), offsets, types, np.array([bool(encoding.overflowing)]))
@@ -236,31 +239,34 @@ class PairTokenizer:
     def _tokenise(self, texts: Sequence[str]) -> "Ragged":
         """Token ids of each text without special tokens; equal texts share theirs."""
         distinct, rows = distinct_texts(texts)
-        backend = self.tokenizer.backend_tokenizer
-        # The state is transformers' too, which sets it anew at each of its own calls.
-        backend.no_truncation()
-        backend.no_padding()
-        ids: list[NDArray[np.int32]] = []
-        for start in range(0, len(distinct), _TEXTS_PER_CALL):
-            chunk = distinct[start : start + _TEXTS_PER_CALL]
-            encodings = backend.encode_batch_fast(chunk, add_special_tokens=False)
-            ids.extend(np.array(encoding.ids, dtype=np.int32) for encoding in encodings)
+        ids = token_ids(self.tokenizer, distinct)
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
         flat = np.concatenate([np.empty(0, np.int32), *ids])
         return Ragged(flat, (np.cumsum(lengths) - lengths)[rows], lengths[rows])
 
 
+def token_ids(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[NDArray[np.int32]]:
+    """Token ids of each text, uncut and without special tokens."""
+    backend = tokenizer.backend_tokenizer
+    ids: list[NDArray[np.int32]] = []
+    for start in range(0, len(texts), _TEXTS_PER_CALL):
+        chunk = texts[start : start + _TEXTS_PER_CALL]
+        with _SETTINGS_LOCK:
+            backend.no_truncation()
+            backend.no_padding()
+            encodings = backend.encode_batch_fast(chunk, add_special_tokens=False)
+        ids.extend(np.array(encoding.ids, dtype=np.int32) for encoding in encodings)
+    return ids
+
+
 def load_tokenizer(
     folder: str | Path,
     max_length: int | None = None,
-    *,
-    prompt: str | None = None,
 ) -> "PairTokenizer | ChatTokenizer":
     """Load the tokenizer of a local checkpoint folder.
 
     `max_length` defaults to the smaller of what the tokenizer states and what the positions allow. An explicit one
-    may exceed what the tokenizer states, never what the positions allow. `prompt` is the checkpoint's default prompt
-    when None.
+    may exceed what the tokenizer states, never what the positions allow. The checkpoint's default prompt is used.
     Raises ConfigError for a `max_length` out of range, CheckpointError if the tokenizer does not load.
     """
     # Imported here because transformers takes seconds to import, which users of a fake need not wait for.
@@ -269,8 +275,7 @@ def load_tokenizer(
 
     config = load_config(folder)
     layout = read_layout(folder, config)
-    if prompt is None:
-        prompt = layout.prompts[layout.default_prompt_name] if layout.default_prompt_name else ""
+    prompt = layout.prompts[layout.default_prompt_name] if layout.default_prompt_name else ""
     tokenizer = wrap_tokenizer(load_fast_tokenizer(folder), config, layout, max_length, prompt)
     if isinstance(tokenizer, ChatTokenizer):
         tokenizer.check_template()
@@ -325,7 +330,7 @@ def wrap_tokenizer(
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.chat_template:
+    if tokenizer.chat_template and layout.may_chat:
         return ChatTokenizer(tokenizer, limit, prompt, layout.template_settings)
     return PairTokenizer(tokenizer, limit, prompt, TRUNCATIONS[0] if truncation is True else truncation)
 

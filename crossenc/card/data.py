@@ -79,7 +79,7 @@ class CrossEncoderModelCardData:
     base_revision: str | None = None
     training: list[DatasetFacts] = field(default_factory=list)
     validation: list[DatasetFacts] = field(default_factory=list)
-    losses: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    losses: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
     citations: list[str] = field(default_factory=list)
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     changed_hyperparameters: dict[str, Any] = field(default_factory=dict)
@@ -97,7 +97,8 @@ class CrossEncoderModelCardData:
 
     def add_loss(self, name: str, config: Mapping[str, Any], citation: str = "") -> None:
         """Record a loss by its class name, with its settings and its paper as BibTeX."""
-        self.losses[name] = dict(config)
+        if (name, dict(config)) not in self.losses:
+            self.losses.append((name, dict(config)))
         if citation and citation not in self.citations:
             self.citations.append(citation)
 
@@ -122,6 +123,7 @@ class CrossEncoderModelCardData:
         primary = getattr(evaluator, "primary_metric", None)
         name = str(getattr(evaluator, "name", "") or "")
         found = Evaluation(name, type(evaluator).__name__, dict(config), dict(metrics), primary)
-        self.evaluations = [e for e in self.evaluations if (e.name, e.evaluator) != (name, found.evaluator)] + [found]
+        others = [e for e in self.evaluations if (e.name, e.evaluator, e.config) != (name, found.evaluator, config)]
+        self.evaluations = [*others, found]
         if primary is not None and primary in metrics:
             self.add_log(epoch, step, {primary: number(metrics[primary])})

@@ -174,7 +174,7 @@ def _front_matter(data: CrossEncoderModelCardData, facts: ModelFacts) -> str:
         tags.append("generated_from_trainer")
         if num_rows := sum(dataset.num_rows or 0 for dataset in data.training):
             tags.append(f"dataset_size:{num_rows}")
-        tags += [f"loss:{name}" for name in data.losses]
+        tags += dict.fromkeys(f"loss:{name}" for name, _ in data.losses)
     results = _eval_results(data)
     fields: dict[str, Any] = {
         "language": data.language if isinstance(data.language, str | None) else list(data.language),

@@ -45,7 +45,8 @@ class CrossEncoderDataCollator:
             names.remove(label)
             batch["label"] = label_tensors([row[label] for row in features])
         for key, given in (("prompt", self.prompts), ("task", self.router_mapping)):
-            if value := _for_dataset(given, batch.get(DATASET_NAME)):
+            value = _for_dataset(given, batch.get(DATASET_NAME))
+            if value is not None:  # an empty prompt says that there is none, not even the default one
                 batch[key] = value
         for name in names:
             if name in batch:

@@ -4,6 +4,7 @@ What is special of cross-encoders is here and in the modules beside; loop, devic
 logging and distribution are the Trainer's. Knows no cluster of Ray.
 """
 
+import logging
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +18,9 @@ from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, RandomSamp
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 
+from crossenc.adapters import has_adapters
 from crossenc.deprecation import accepts_old_arguments
-from crossenc.errors import ConfigError
+from crossenc.errors import CheckpointError, ConfigError, CrossEncError
 from crossenc.evaluation import SequentialEvaluator
 from crossenc.losses import BinaryCrossEntropyLoss, CrossEntropyLoss
 from crossenc.model import CrossEncoder
@@ -40,6 +42,8 @@ from crossenc.training.samplers import (
     ProportionalBatchSampler,
     RoundRobinBatchSampler,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class CrossEncoderTrainer(Trainer):  # type: ignore[misc]
@@ -305,7 +309,7 @@ class CrossEncoderTrainer(Trainer):  # type: ignore[misc]
         """The loss on one dataset; and the evaluator's metrics, with the first of several datasets only."""
         output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         names = list(self.eval_dataset) if isinstance(self.eval_dataset, Mapping) else []
-        name = metric_key_prefix.removeprefix("eval_")
+        name = metric_key_prefix.removeprefix("eval_") if self.is_in_train else ""
         if self.evaluator is not None and (name not in names or name == names[0]):
             output.metrics.update(self._evaluator_metrics("eval" if name in names else metric_key_prefix))
         return output
@@ -332,12 +336,26 @@ class CrossEncoderTrainer(Trainer):  # type: ignore[misc]
                 self.processing_class.save_pretrained(output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        saved = CrossEncoder(resume_from_checkpoint, device="cpu", dtype=self.model.dtype)
-        self.model.load_state_dict(saved.state_dict())
+        saved = CrossEncoder(resume_from_checkpoint, device="cpu", dtype=self.model.dtype).state_dict()
+        if has_adapters(self.model.model):  # the one in use was saved, and is loaded as "default"
+            name = f".{self.model.active_adapters()[0]}"
+            saved = {re.sub(r"\.default(?=\.|$)", name, key): value for key, value in saved.items()}
+        found = self.model.load_state_dict(saved, strict=not has_adapters(self.model.model))
+        if found.unexpected_keys:
+            raise CheckpointError(
+                f"{resume_from_checkpoint} has weights that the model lacks: {found.unexpected_keys[:3]}"
+            )
         self.model.mark_trained()
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        try:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        except CrossEncError:
+            place = self.state.best_model_checkpoint
+            logger.exception(
+                "the best checkpoint, %s, does not load: the model keeps the weights of the last step", place
+            )
+            return
         self.model.model_card_data.best_step = self.state.best_global_step
 
     def create_model_card(

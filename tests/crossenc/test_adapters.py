@@ -329,3 +329,11 @@ def test_a_folder_with_a_model_and_an_adapter_is_refused(copied: Path, base: Pat
     shutil.copy(base / "model.safetensors", copied)
     with pytest.raises(CheckpointError, match=r"holds an adapter and also model.safetensors: keep them in two"):
         CrossEncoder(copied)
+
+
+def test_the_stored_dtype_is_that_of_the_base(base: Path, tmp_path: Path) -> None:
+    CrossEncoder(base, device="cpu", dtype="bfloat16").save_pretrained(tmp_path / "narrow")
+    model = CrossEncoder(tmp_path / "narrow", device="cpu")
+    model.add_adapter(lora())
+    model.save_pretrained(tmp_path / "adapter")
+    assert CrossEncoder(tmp_path / "adapter", device="cpu", model_kwargs={"dtype": "auto"}).dtype == torch.bfloat16

@@ -444,3 +444,16 @@ def test_a_card_that_no_file_can_hold_does_not_cost_the_model(tmp_path: Path, ca
     data.add_loss("L", {"name": "\ud800"})
     write_card(tmp_path, data, FACTS)
     assert "could not be made" in caplog.text and (tmp_path / "README.md").exists()
+
+
+def test_losses_and_evaluators_of_one_class_stand_side_by_side(tmp_path: Path) -> None:
+    data = CrossEncoderModelCardData()
+    for k in (5, 10, 10):
+        data.add_loss("LambdaLoss", {"k": k})
+        samples = [{"query": "what is water", "positive": ["river"], "documents": ["bread", "river"]}]
+        evaluator = CrossEncoderRerankingEvaluator(samples, at_k=k, write_csv=False)
+        evaluator(type("Model", (), {"model_card_data": data, "predict": lambda self, pairs, **_: [0.1, 0.9]})())
+    card = render_card(data, FACTS)
+    assert card.count("### Loss: LambdaLoss") == 2
+    assert front_matter(card)["tags"].count("loss:LambdaLoss") == 1
+    assert [evaluation.config["at_k"] for evaluation in data.evaluations] == [5, 10]

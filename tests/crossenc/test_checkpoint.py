@@ -11,6 +11,7 @@ import fsspec
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from crossenc.checkpoint import (
     check_folder,
@@ -237,6 +238,23 @@ def test_a_hub_id_asks_the_hub_for_safetensors_and_settings_only(
     assert (asked["repo"], asked["revision"]) == ("name", "abc")
     with pytest.raises(InputError, match="give one"):
         fetch("owner/name@one", revision="two")
+
+
+def test_a_hub_id_without_an_owner_may_be_one_of_cross_encoders(
+    original: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked = []
+
+    def answer(repo: str, cache_dir: object, **_: Any) -> str:
+        asked.append((repo, cache_dir))
+        if "/" not in repo:
+            raise LocalEntryNotFoundError("unknown")
+        return str(original)
+
+    monkeypatch.setattr("crossenc.checkpoint.snapshot_download", answer)
+    monkeypatch.setenv("SENTENCE_TRANSFORMERS_HOME", str(tmp_path))
+    assert fetch("ms-marco") == original
+    assert asked == [("ms-marco", str(tmp_path)), ("cross-encoder/ms-marco", str(tmp_path))]
 
 
 def test_an_unreachable_hub_is_a_storage_error_that_doubts_the_spelling(cache: Path) -> None:

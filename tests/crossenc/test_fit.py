@@ -88,6 +88,36 @@ def test_training_teaches_and_keeps_the_best_model(folder: Path, tmp_path: Path)
     assert Accuracy(data)(kept)["accuracy"] == best
 
 
+class Errors(Accuracy):
+    """The fewer the better."""
+
+    primary_metric = "errors"
+    greater_is_better = False
+
+    def __call__(self, *args: Any, **settings: Any):
+        return {"errors": 1 - super().__call__(*args, **settings)["accuracy"]}
+
+
+class Nothing:
+    def __call__(self, *_: Any, **__: Any) -> float:
+        return float("nan")
+
+
+def test_the_best_model_may_be_the_one_with_the_least(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    model, data, told = CrossEncoder(folder, device="cpu"), examples(), []
+    settings = {"epochs": 6, "evaluation_steps": 2, "output_path": str(tmp_path / "best"), **QUICK}
+    model.fit(loader(data), Errors(data), callback=lambda value, *_: told.append(value), **settings)
+    assert min(told) < max(told)
+    assert Errors(data)(CrossEncoder(tmp_path / "best", device="cpu"))["errors"] == min(told)
+    with caplog.at_level("WARNING", "crossenc"):
+        model.fit(loader(data[:16]), Nothing(), output_path=str(tmp_path / "none"), **QUICK)
+    assert "no model was saved: no evaluation gave a number" in caplog.text
+    assert not (tmp_path / "none" / "config.json").exists()
+
+
 def test_without_an_evaluator_the_last_model_is_saved(folder: Path, tmp_path: Path) -> None:
     model = CrossEncoder(folder, device="cpu")
     model.fit(loader(examples(16)), output_path=str(tmp_path / "last"), **QUICK)

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from crossenc import CrossEncoder
 from crossenc.errors import ConfigError
@@ -79,3 +80,22 @@ def test_what_cannot_be_merged_is_refused(models: list[CrossEncoder], tmp_path: 
     stranger = CrossEncoder(tiny_checkpoint(tmp_path / "words", vocabulary=other_words), device="cpu")
     with pytest.raises(ConfigError, match="model 1 has another vocabulary"):
         CrossEncoder.merge([models[0], stranger])
+
+
+def test_a_merged_model_has_neither_card_nor_checkpoint_of_its_own_yet(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "model")
+    (folder / "README.md").write_text("# The first one, with its results\n")
+    merged = CrossEncoder.merge([folder, tiny_checkpoint(tmp_path / "other", seed=1)], device="cpu")
+    assert merged.base_location is None
+    merged.save_pretrained(tmp_path / "merged")
+    assert "The first one" not in (tmp_path / "merged" / "README.md").read_text()
+
+
+def test_models_with_adapters_are_merged_when_their_adapters_are(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "model")
+    models = [CrossEncoder(folder, device="cpu") for _ in range(2)]
+    models[1].add_adapter(LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
+    with pytest.raises(ConfigError, match=r"model 1 has an adapter, which has no mean: call merge_adapters\(\)"):
+        CrossEncoder.merge(models)
+    models[1].merge_adapters()
+    assert CrossEncoder.merge(models).predict(PAIRS).tolist() == pytest.approx(models[0].predict(PAIRS).tolist())

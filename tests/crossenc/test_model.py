@@ -113,6 +113,18 @@ def test_an_activation_can_be_given_for_a_model_and_for_a_call(model: CrossEncod
     assert raw.predict(PAIRS, activation_fn=torch.tanh).tolist() == pytest.approx(np.tanh(logits).tolist())
 
 
+def test_an_activation_may_change_what_a_pair_gets_but_not_the_number_of_pairs(
+    model: CrossEncoder, three_labels: CrossEncoder
+) -> None:
+    shares = three_labels.predict(PAIRS, apply_softmax=True)
+    np.testing.assert_allclose(three_labels.predict(PAIRS, activation_fn=lambda x: x.softmax(-1)[:, 1]), shares[:, 1])
+    np.testing.assert_allclose(three_labels.predict(PAIRS, activation_fn=lambda x: x.softmax(-1)[:, :2]), shares[:, :2])
+    scores = model.predict(PAIRS, activation_fn=torch.nn.Identity())
+    np.testing.assert_array_equal(model.predict(PAIRS, activation_fn=lambda x: x.squeeze(-1)), scores)
+    with pytest.raises(ConfigError, match=f"the activation makes 1 scores of {len(PAIRS)} pairs"):
+        model.predict(PAIRS, activation_fn=lambda x: x.mean(0, keepdim=True))
+
+
 def test_a_batch_size_caps_the_pairs_of_a_batch(model: CrossEncoder) -> None:
     sizes = []
     hook = model.model.register_forward_pre_hook(
@@ -514,6 +526,14 @@ def test_auto_among_the_models_settings_is_the_dtype_that_is_stored(folder: Path
     CrossEncoder(folder, device="cpu", dtype="float16").save_pretrained(tmp_path)
     assert CrossEncoder(tmp_path, device="cpu").dtype == torch.float32
     assert CrossEncoder(tmp_path, device="cpu", model_kwargs={"torch_dtype": "auto"}).dtype == torch.float16
+
+
+def test_settings_of_transformers_that_are_fixed_here_are_taken_or_refused_by_name(folder: Path) -> None:
+    fixed = {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False, "device_map": None}
+    assert CrossEncoder(folder, device="cpu", model_kwargs=fixed).num_labels == 1
+    for name, value in (("use_safetensors", False), ("trust_remote_code", True), ("device_map", "auto")):
+        with pytest.raises(ConfigError, match=f"{name}(=False)? is not supported"):
+            CrossEncoder(folder, device="cpu", model_kwargs={name: value})
 
 
 def test_texts_alone_may_stand_among_pairs(model: CrossEncoder) -> None:

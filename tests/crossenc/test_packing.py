@@ -634,3 +634,21 @@ def test_the_kernel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "varlen_has_settings", lambda: False)
     assert kernel_of(modernbert, cuda) == f"varlen kernel, {groups} within windows"
     assert kernel_of(narrow["bert"], cuda) == "varlen kernel"
+
+
+def test_dropout_leaves_out_its_share_of_the_weights_keeps_their_mean_and_repeats_by_the_seed() -> None:
+    lengths = np.array([40, 40, 7])
+    starts = torch.tensor([0, 40, 80, 87], dtype=torch.int32)
+    query, key = torch.zeros(2, 87, 2, 4).unbind()  # all weights of a sequence are alike
+    value = torch.ones(87, 2, 4)
+
+    def states(seed: int, dropout: float) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return attend(query, key, value, 0.5, Sequences(lengths, starts), dropout=dropout)
+
+    torch.testing.assert_close(states(0, 0.0), value)
+    kept = states(0, 0.25)[:80] * 0.75 * 40  # how many of 40 weights are left
+    torch.testing.assert_close(kept, kept.round(), atol=1e-3, rtol=0)
+    assert kept.mean().item() == pytest.approx(30, abs=1) and kept.min() < 30 < kept.max()
+    assert torch.equal(states(0, 0.25), states(0, 0.25)) and not torch.equal(states(0, 0.25), states(1, 0.25))
+    assert not states(0, 1.0).any()

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 
 from crossenc import CrossEncoder
 from crossenc import pool as pools
@@ -76,3 +77,24 @@ def test_a_list_of_devices_makes_a_pool_for_one_call(model: CrossEncoder) -> Non
     np.testing.assert_allclose(model.predict(PAIRS, device=["cpu"]), model.predict(PAIRS), atol=1e-5)
     with pytest.raises(ConfigError, match="at least one device"):
         model.predict(PAIRS, device=[])
+
+
+def test_devices_may_be_torchs_and_chunks_have_pairs(model: CrossEncoder) -> None:
+    pool = model.start_multi_process_pool([torch.device("cpu")])  # its process starts with the first chunk
+    for size in (0, -1):
+        with pytest.raises(ConfigError, match=f"chunk_size is {size}: give a number of pairs"):
+            model.predict(PAIRS, pool=pool, chunk_size=size)
+    with pytest.raises(InputError, match="document 30 is a int"):
+        model.predict([*PAIRS[:30], ("a", 1)], pool=pool, chunk_size=3)
+    pool.close()
+
+
+def test_a_pool_does_not_use_adapters_that_are_disabled(tmp_path: Path) -> None:
+    model = CrossEncoder(tiny_checkpoint(tmp_path / "model"), device="cpu")
+    model.add_adapter(LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
+    Pool(model, ["cpu"]).close()
+    model.disable_adapters()
+    with pytest.raises(ConfigError, match="would use the adapters, which are disabled"):
+        Pool(model, ["cpu"])
+    model.enable_adapters()
+    Pool(model, ["cpu"]).close()

@@ -36,6 +36,16 @@ def test_settings_survive_saving(model: CrossEncoder, tmp_path: Path) -> None:
     np.testing.assert_allclose(again.predict(PAIRS), model.predict(PAIRS), atol=1e-6)
 
 
+def test_a_limit_of_ones_own_takes_the_place_of_the_checkpoints(model: CrossEncoder, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "first")
+    settings = json.loads((tmp_path / "first" / "sentence_bert_config.json").read_text())
+    settings["processing_kwargs"] = {"text": {"max_length": 30}}
+    (tmp_path / "first" / "sentence_bert_config.json").write_text(json.dumps(settings))
+    assert CrossEncoder(tmp_path / "first", device="cpu").max_length == 30
+    CrossEncoder(tmp_path / "first", device="cpu", max_length=12).save_pretrained(tmp_path / "second")
+    assert CrossEncoder(tmp_path / "second", device="cpu").max_length == 12
+
+
 def test_the_dtype_is_kept(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path / "original")
     CrossEncoder(tmp_path / "original", device="cpu", dtype="bfloat16").save_pretrained(tmp_path / "saved")

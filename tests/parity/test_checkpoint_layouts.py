@@ -258,6 +258,21 @@ def test_a_chat_template_is_used_for_classification_models_too(tmp_path: Path) -
     assert_close(reference(tmp_path / "saved").predict(PAIRS), ours.predict(PAIRS))
 
 
+def test_a_checkpoint_that_takes_plain_text_alone_has_no_use_for_its_chat_template(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "checkpoint")
+    chats = CrossEncoder(folder, device="cpu", processor_kwargs={"chat_template": TEMPLATE})
+    chats.save_pretrained(tmp_path / "saved")
+    settings = json.loads((tmp_path / "saved" / "sentence_bert_config.json").read_text())
+    del settings["modality_config"]["message"]
+    (tmp_path / "saved" / "sentence_bert_config.json").write_text(json.dumps(settings))
+    ours = CrossEncoder(tmp_path / "saved", device="cpu")
+    assert ours.tokenizer.chat_template == TEMPLATE
+    assert_close(ours.predict(PAIRS), reference(tmp_path / "saved").predict(PAIRS))
+    assert abs(ours.predict(PAIRS) - chats.predict(PAIRS)).max() > 1e-3
+    ours.save_pretrained(tmp_path / "again")
+    assert_close(reference(tmp_path / "again").predict(PAIRS), ours.predict(PAIRS))
+
+
 def test_a_template_without_the_roles_is_refused_until_it_is_replaced(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path / "checkpoint")
     only_user = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"

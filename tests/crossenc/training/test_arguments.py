@@ -101,6 +101,7 @@ def test_prompts_are_for_all_datasets_or_by_name() -> None:
     assert CrossEncoderDataCollator(prompts={"one": "find "})([row])["prompt"] == "find "
     assert "prompt" not in CrossEncoderDataCollator(prompts={"two": "find "})([row])
     assert "prompt" not in CrossEncoderDataCollator(prompts={"one": "find "})([{"a": "x"}])
+    assert CrossEncoderDataCollator(prompts="")([{"a": "x"}])["prompt"] == ""  # none, not even the default one
     assert CrossEncoderDataCollator(router_mapping={"one": "rerank"})([row])["task"] == "rerank"
 
 

@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import EarlyStoppingCallback, TrainerCallback
@@ -102,6 +103,40 @@ def test_a_training_goes_on_where_another_stopped(data: Any, tmp_path: Path) -> 
     assert rows[0] == rows[1] and len(rows[0]) == 6
 
 
+def test_an_adapter_of_any_name_is_resumed_and_its_best_weights_come_back(tmp_path: Path) -> None:
+    def adapted() -> CrossEncoder:
+        model = tiny_model(tmp_path)
+        torch.manual_seed(0)
+        model.add_adapter(LoraConfig(task_type="SEQ_CLS", target_modules=["query"]), "mine")
+        return model
+
+    settings = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 6, "seed": 7, "learning_rate": 3e-2}
+    settings |= {"eval_strategy": "steps", "eval_steps": 6, "load_best_model_at_end": True}
+    whole, rest = adapted(), adapted()
+    train(whole, tmp_path, eval_dataset=PAIRS, **settings)
+    trainer = CrossEncoderTrainer(rest, arguments(tmp_path, **settings), PAIRS, eval_dataset=PAIRS)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-6"))
+    assert distance(whole, rest) == 0
+    kept = CrossEncoder(trainer.state.best_model_checkpoint, device="cpu")
+    np.testing.assert_allclose(rest.predict([("water", "river")]), kept.predict([("water", "river")]), atol=1e-6)
+    assert distance(whole, adapted()) > 0
+
+
+def test_a_best_checkpoint_that_does_not_load_leaves_the_last_weights(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Damaging(TrainerCallback):  # type: ignore[misc]
+        def on_save(self, args: Any, *_: Any, **__: Any) -> None:
+            for place in Path(args.output_dir).glob("checkpoint-*/config.json"):
+                place.write_text("{}")
+
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    model = tiny_model(tmp_path)
+    train(model, tmp_path, eval_dataset=PAIRS, load_best_model_at_end=True, callbacks=[Damaging()], **settings)
+    assert "does not load: the model keeps the weights of the last step" in caplog.text
+    assert np.isfinite(model.predict([("water", "river")])).all()
+
+
 def test_model_init_makes_a_model_anew_for_each_training(tmp_path: Path) -> None:
     made = []
 
@@ -116,9 +151,10 @@ def test_model_init_makes_a_model_anew_for_each_training(tmp_path: Path) -> None
     trainer.train()
     first = trainer.model
     assert first is made[-1] and trainer.loss["first"].model is first and trainer.loss["second"].model is first
-    assert (
-        list(first.model_card_data.losses) == ["BinaryCrossEntropyLoss", "MSELoss"] and first.model_card_data.training
-    )
+    assert [name for name, _ in first.model_card_data.losses] == [
+        "BinaryCrossEntropyLoss",
+        "MSELoss",
+    ] and first.model_card_data.training
     trainer.train()
     assert trainer.model is not first and distance(trainer.model, first) == 0
     assert distance(first, made[0]) > 1e-3
@@ -149,7 +185,7 @@ def test_a_loss_of_ones_own_is_trained_with_its_parameters(tmp_path: Path) -> No
     assert not loss.shift.grad  # cleared after the step, as those of the model
     trained = [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]
     assert len(trained) == len(list(model.parameters())) + 1
-    assert model.model_card_data.losses == {"CustomLoss": {}}
+    assert model.model_card_data.losses == [("CustomLoss", {})]
 
 
 def test_a_type_error_in_a_loss_is_shown_and_not_tried_again(tmp_path: Path) -> None:
@@ -323,7 +359,7 @@ def test_evaluators_run_once_whatever_the_number_of_datasets(tmp_path: Path) -> 
     logged = [e for e in trainer.state.log_history if "eval_first_loss" in e]
     assert all("eval_dev_accuracy" in entry and entry["eval_sequential_score"] == 0.5 for entry in logged)
     assert not any("eval_dev_accuracy" in e for e in trainer.state.log_history if "eval_second_loss" in e)
-    assert {"eval_first_loss", "eval_second_loss", "eval_dev_accuracy"} <= set(trainer.evaluate())
+    assert {"eval_first_loss", "eval_second_loss", "eval_first_dev_accuracy"} <= set(trainer.evaluate())
     assert "test_dev_accuracy" in trainer.evaluate(PAIRS, metric_key_prefix="test")
 
 
