@@ -2,9 +2,9 @@
 
 Run: `python -m tests.benchmarks.bench_training --model FOLDER --data FOLDER`. The data folder has `candidates`,
 `queries`, `corpus` and `qrels` as Parquet. Both sides begin with the checkpoint's weights each time, and go once
-through the same labelled pairs in batches of the same size, from texts, with binary cross-entropy, AdamW and the same
-learning rates; only the order of the pairs differs. Rounds alternate, the table has medians. The losses of the first
-and the last quarter of the steps should agree but for the order and dropout. Needs accelerate and datasets, no Ray.
+through the same labelled pairs in the same batches, from texts, with binary cross-entropy, AdamW and the same learning
+rates. Rounds alternate, the table has medians. The losses of the first and the last quarter of the steps should agree
+but for dropout. Needs accelerate and datasets, no Ray.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,12 +21,12 @@ import pyarrow.parquet as pq
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.utils.data import BatchSampler, SequentialSampler
 
 from crossenc import CrossEncoder
 from crossenc.loop.learner import Learner, LearnerSettings
 from crossenc.loop.lists import TokenizedLists
 from crossenc.loop.optimizer import parameter_groups, rate_factor
-from crossenc.loop.order import Order, OrderSettings
 from crossenc.losses import objective
 from tests.benchmarks.bench_inference import SHARED, Pairs, read_pairs
 
@@ -55,6 +55,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args()
     pairs, labels = read_labelled(Path(given.data), given.pairs, given.per_query)
+    order = np.random.default_rng(0).permutation(len(pairs))
+    pairs, labels = [pairs[i] for i in order], [labels[i] for i in order]
     sides: dict[str, Callable[[], Trained]] = {
         "sentence-transformers": lambda: train_theirs(given, pairs, labels),
         "crossenc": lambda: train_ours(given, pairs, labels),
@@ -82,6 +84,11 @@ def read_labelled(folder: Path, num_pairs: int, per_query: int) -> tuple[Pairs, 
     return pairs, [float((query, text) in relevant) for query, (_, text) in zip(queries, pairs, strict=True)]
 
 
+def in_order(dataset: Sized, batch_size: int, drop_last: bool, **_: object) -> BatchSampler:
+    """Batches of neighbours."""
+    return BatchSampler(SequentialSampler(dataset), batch_size, drop_last)
+
+
 def train_theirs(given: argparse.Namespace, pairs: Pairs, labels: list[float]) -> Trained:
     from datasets import Dataset
     from sentence_transformers import CrossEncoder as Theirs
@@ -96,6 +103,7 @@ def train_theirs(given: argparse.Namespace, pairs: Pairs, labels: list[float]) -
             num_train_epochs=1,
             per_device_train_batch_size=given.batch,
             learning_rate=LEARNING_RATE,
+            batch_sampler=in_order,
             logging_steps=1,
             save_strategy="no",
             report_to="none",
@@ -124,7 +132,7 @@ def train_ours(given: argparse.Namespace, pairs: Pairs, labels: list[float]) -> 
         weights=np.ones(num_pairs, np.float32),
         origins=("",) * num_pairs,
     )
-    order = Order(lists.pairs.lengths, OrderSettings(batch_lists=given.batch), num_epochs=1)
+    batches = np.split(np.arange(num_pairs), np.arange(given.batch, num_pairs, given.batch))
 
     def optimizer(model: CrossEncoder) -> torch.optim.Optimizer:
         groups = parameter_groups(model, learning_rate=LEARNING_RATE, head_learning_rate=None, weight_decay=0.0)
@@ -133,9 +141,8 @@ def train_ours(given: argparse.Namespace, pairs: Pairs, labels: list[float]) -> 
     settings = LearnerSettings(max_tokens=65_536, dtype=getattr(torch, given.dtype))
     learner = Learner(model, objective("binary_cross_entropy"), optimizer, settings, lists.take(np.arange(1)))
     losses = []
-    for step in range(order.num_steps):
-        batch = order.batch(step)
-        rate = rate_factor(step, order.num_steps, 0, "linear")
+    for step, batch in enumerate(batches):
+        rate = rate_factor(step, len(batches), 0, "linear")
         losses.append(learner.step(step, lists.take(batch), len(batch), rate=rate).loss)
     return Trained(losses, time.perf_counter() - started, time.process_time() - cpu_started)
 
