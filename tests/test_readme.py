@@ -1,8 +1,10 @@
 """The README is true: its commands run as they stand, its job file is valid, its tree is the tree."""
 
 import contextlib
+import itertools
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,7 +15,9 @@ import yaml
 from typer.testing import CliRunner
 
 from crossenc.testing import tiny_checkpoint
+from jobs import config as job_config
 from jobs.cli import app
+from jobs.export import Target
 from pipelines.config import RerankConfig, ScoringConfig
 from pipelines.distill_config import DistillConfig
 from pipelines.evaluation_config import CollectionConfig, EvaluateConfig
@@ -123,6 +127,19 @@ def test_the_install_command_installs_what_the_readme_uses(tmp_path):
     for template in (ROOT / "pipelines").glob("*.jinja"):
         assert (tmp_path / "site" / "pipelines" / template.name).exists()
     assert (tmp_path / "site" / "jobs" / "configs" / "rerank.yaml").exists()
+
+
+def test_the_recipe_for_int8_is_a_job_of_its_own_beside_the_one_in_float32(tmp_path):
+    (recipe,) = re.findall(r"```\n(pip install .*?)```", README, re.DOTALL)
+    install, export, rerank = (shlex.split(line) for line in recipe.replace("\\\n", "").splitlines())
+    assert install[:4] == ["pip", "install", "--constraint", "constraints.txt"]
+    job = tmp_path / "rerank.yaml"
+    job.write_text(next(block for block in blocks("yaml") if block.startswith("# rerank.yaml")))
+    overrides = [setting for flag, setting in itertools.pairwise(rerank) if flag == "--set"]
+    plain, int8 = job_config.load(RerankConfig, str(job)), job_config.load(RerankConfig, str(job), overrides)
+    assert int8.output != plain.output
+    assert (int8.model, int8.scoring.backend) == (export[3], "onnx")
+    assert int8.scoring.onnx_file in {f"model_qint8_{target}.onnx" for target in Target}
 
 
 @pytest.mark.parametrize("command", commands("make "))
