@@ -57,6 +57,8 @@ CONFIGS: dict[str, type[BaseModel]] = {
 ENDING_SECONDS = 60
 #: Never shipped with a working directory, beside what its .gitignore names.
 EXCLUDES = ["/.git/", "/.venv/", "/data/", "__pycache__/"]
+#: The jobs whose output `crossenc status` shows.
+_WITH_STATUS = ("rerank", "train", "retrain")
 _ALIVE = (JobStatus.PENDING, JobStatus.RUNNING)
 _POLL_SECONDS = 0.5
 #: How long a cluster that is being followed may be silent.
@@ -254,16 +256,18 @@ def _head_is_here(address: str) -> bool:
 
 
 def _show(submission_id: str, submission: Submission, output: str) -> None:
-    rows = {
-        "dashboard": f"{submission.address.rstrip('/')}/#/jobs/{submission_id}",
-        "progress": shlex.join(["crossenc", "status", output]),
-        "log": shlex.join(["ray", "job", "logs", "--follow", "--address", submission.address, submission_id]),
-        "stop": _stop_command(submission),
-    }
+    rows = {"dashboard": f"{submission.address.rstrip('/')}/#/jobs/{submission_id}"}
+    if submission.verb in _WITH_STATUS:
+        rows["progress"] = shlex.join(["crossenc", "status", output])
+    rows |= {"log": _log_command(submission, submission_id), "stop": _stop_command(submission)}
     out = Console(highlight=False, soft_wrap=True)
     out.print(f"submitted {submission_id}", markup=False)
     for name, value in rows.items():
         out.print(f"  {name:<10} {visible(value)}", markup=False)
+
+
+def _log_command(submission: Submission, submission_id: str) -> str:
+    return shlex.join(["ray", "job", "logs", "--follow", "--address", submission.address, submission_id])
 
 
 def _stop_command(submission: Submission) -> str:

@@ -112,7 +112,8 @@ def look(output_uri: str, storage_options: Mapping[str, Any]) -> RunStatus:
         raise InputError(f"{output} holds no run; give the output folder of a rerank, training or retraining job")
     if "job" in plan.parts:
         raise InputError(
-            f"{output} holds a run of `crossenc {plan.parts['job']}`; run its command again to see how it is"
+            f"{output} holds a run of `crossenc {plan.parts['job']}`, which status does not show: see its log, or"
+            f" {output / finish.SUCCESS_FILE}, which is there once it is done"
         )
     holder = lease.last_holder(output)
     shard_ids = [shard.shard_id for shard in plan.shards]

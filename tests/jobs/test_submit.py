@@ -302,6 +302,15 @@ def test_what_cannot_work_is_refused_before_anything_is_submitted(
     assert message in error and "abc" not in error and "pass-phrase" not in error
 
 
+@pytest.mark.parametrize("verb", list(submit.CONFIGS))
+def test_a_submission_points_to_the_status_command_where_that_knows_the_job(capsys, verb):
+    submission = submit.Submission(verb=verb, job="job.yaml", address="http://head:8265")
+    submit._show("crossenc-1", submission, "s3://b/out")
+    shown = capsys.readouterr().out
+    assert ("crossenc status s3://b/out" in shown) == (verb in ("rerank", "train", "retrain"))
+    assert "ray job logs --follow --address http://head:8265 crossenc-1" in shown
+
+
 def test_a_cluster_that_does_not_answer_is_said_so(tmp_path, capsys):
     job = write(tmp_path / "job.yaml", {"candidates": "/in", "model": "m", "output": "/out"})
     assert submit.run(submit.Submission(verb="rerank", job=job, address="http://127.0.0.1:1")) == 1
