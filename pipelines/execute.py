@@ -38,6 +38,8 @@ POLL_SECONDS = 0.2
 #: How long Ray Data may take to let go of its work when a run ends early.
 _END_SECONDS = 10.0
 _COMMIT_CPUS = 0.25
+#: Shards, or buckets, in one Ray dataset.
+_WAVE_ITEMS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +107,8 @@ def run(
     Items run in waves, because a dataset gets slower with their number. Close the generator to end early: what is in
     work is dropped then.
     """
-    for start in range(0, len(items), config.wave_shards):
-        yield from _run_wave(items[start : start + config.wave_shards], cluster, config, cpus_per_actor)
+    for start in range(0, len(items), _WAVE_ITEMS):
+        yield from _run_wave(items[start : start + _WAVE_ITEMS], cluster, config, cpus_per_actor)
 
 
 def _run_wave(
