@@ -133,7 +133,7 @@ def test_a_stopped_rerank_drains_ends_resumable_and_the_next_submission_ends_lik
     known = details(head, submitted_id(first))
     assert known["status"] == "STOPPED"
     before = parts(output)
-    assert 2 <= len(before) < 50 and status.look(str(output), {}).state == "resumable"
+    assert 2 <= len(before) < 50 and status.look(str(output)).state == "resumable"
     log = urllib.request.Request(
         f"{head.address}/api/jobs/{submitted_id(first)}/logs", headers={"Authorization": f"Bearer {head.token}"}
     )
