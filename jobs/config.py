@@ -50,7 +50,9 @@ def show(config: BaseModel, lines: Sequence[str]) -> None:
 def _read_yaml(source: str) -> dict[str, Any]:
     file = _find(source)
     if file.num_bytes > _MAX_BYTES:
-        raise ConfigError(f"{source} has {file.num_bytes:,} bytes; that is no job file")
+        raise ConfigError(
+            f"{source} has {file.num_bytes:,} bytes: that is no job file; give the YAML file with the settings"
+        )
     text = read_bytes(file.location).decode()
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
@@ -109,7 +111,8 @@ def _explain(kind: type[BaseModel], problem: Any) -> str:
         hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
         return f"unknown key {path}; {hint}"
     if problem["type"] == "missing":
-        return f"{path} is missing"
+        or_set = f", or give --set {path}=…" if len(problem["loc"]) == 1 else ""
+        return f"{path} is missing; write it into the job file{or_set}"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{path}: {message}" if path else message
 

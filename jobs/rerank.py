@@ -12,6 +12,7 @@ from pipelines.config import RerankConfig
 from pipelines.estimate import estimate
 from pipelines.execute import needs
 from pipelines.model import Model
+from pipelines.progress import visible
 from pipelines.rerank import Outcome, rerank
 
 
@@ -47,7 +48,7 @@ def run(
 
 def _show_outcome(outcome: Outcome) -> None:
     out = Console(highlight=False, soft_wrap=True)
-    out.print(outcome.message, markup=False)
+    out.print(visible(outcome.message), markup=False)
     if outcome.counts is not None:
         counts = outcome.counts
         refused = sum(counts.refused.values())

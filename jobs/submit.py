@@ -144,7 +144,10 @@ def _explained(address: str) -> Iterator[None]:
     except (OSError, RuntimeError, ValueError, aiohttp.ClientError, RayStateApiException) as error:
         # Those of requests are OSErrors.
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise CrossEncError(f"the cluster at {address} did not do as asked: {redact(reason)[:300]}") from None
+        raise CrossEncError(
+            f"the cluster at {address} did not do as asked: {redact(reason)[:300]}; look at its dashboard, or at the"
+            " tunnel to it"
+        ) from None
 
 
 # --- submitting
@@ -174,7 +177,10 @@ def _submit(client: JobSubmissionClient, prefix: str, submission: Submission, co
         except RuntimeError as error:
             if "already exists" not in str(error):
                 raise
-            raise RunConflictError(f"{submission_id} was submitted by someone else at the same moment") from None
+            raise RunConflictError(
+                f"{submission_id} was submitted by someone else at the same moment; follow that with"
+                f" {_log_command(submission, submission_id)}, or wait for its end and submit again"
+            ) from None
     _show(submission_id, submission, config.output)
     return submission_id
 
@@ -292,7 +298,9 @@ def _follow(client: JobSubmissionClient, submission_id: str, submission: Submiss
         return runtime.RESUMABLE
     code = details.driver_exit_code
     if code is None:  # the driver never ran, or died with its supervisor
-        raise CrossEncError(f"{submission_id} did not run to an end: {redact(str(details.message))[:1000]}")
+        raise CrossEncError(
+            f"{submission_id} did not run to an end: {redact(str(details.message))[:1000]}; submit it again to go on"
+        )
     return code if 0 <= code < 256 else runtime.FAILED
 
 

@@ -153,7 +153,9 @@ def load(output: Location) -> Evaluation:
     try:
         return _EVALUATION.validate_python(stored(output)["evaluation"])
     except (KeyError, ValidationError) as error:
-        raise RunConflictError(f"{output / EVALUATION_FILE} is no evaluation of this version ({error})") from None
+        raise RunConflictError(
+            f"{output / EVALUATION_FILE} is no evaluation of this version ({error}); start over with --new-run"
+        ) from None
 
 
 def stored(output: Location) -> dict[str, Any]:

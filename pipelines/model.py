@@ -283,4 +283,7 @@ def check_canary(scorer: Scorer, tokenizer: Tokenizer, name: str) -> None:
     pairs = tokenizer.encode(["what is a query"], ["a query is a question put to a search engine"])
     score = scorer.score(pairs)
     if not np.isfinite(score).all():
-        raise ScoreError(f"{name} gives {score.ravel()[0]} for an ordinary pair: its weights are damaged")
+        raise ScoreError(
+            f"{name} gives {score.ravel()[0]} for an ordinary pair: its weights are damaged, or too large for its"
+            " number format; fetch the model again, or take dtype: float32"
+        )

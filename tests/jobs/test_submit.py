@@ -314,4 +314,5 @@ def test_a_submission_points_to_the_status_command_where_that_knows_the_job(caps
 def test_a_cluster_that_does_not_answer_is_said_so(tmp_path, capsys):
     job = write(tmp_path / "job.yaml", {"candidates": "/in", "model": "m", "output": "/out"})
     assert submit.run(submit.Submission(verb="rerank", job=job, address="http://127.0.0.1:1")) == 1
-    assert "the cluster at http://127.0.0.1:1 did not do as asked" in capsys.readouterr().err
+    assert "the cluster at http://127.0.0.1:1 did not do as asked" in (error := capsys.readouterr().err)
+    assert "look at its dashboard, or at the tunnel to it" in error
