@@ -7,8 +7,9 @@ import os
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
+import typer
 import yaml
 from pydantic import BaseModel, ValidationError
 from rich.console import Console
@@ -17,6 +18,15 @@ from crossenc.errors import ConfigError
 from pipelines.storage import FileInfo, info, locate, read_bytes, redact_options
 
 Config = TypeVar("Config", bound=BaseModel)
+
+# What the commands of jobs have in common.
+JobFile = Annotated[str, typer.Argument(help="The job file: a path or URI of a YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override a setting, as --set output=other or --set group.setting=4. Repeatable."),
+]
+NewRun = Annotated[bool, typer.Option("--new-run", help="Delete the run in the output folder and start over.")]
+
 _MAX_BYTES = 1_000_000
 #: The registry of jobs that name none, and of the commands on it.
 REGISTRY_VARIABLE = "CROSSENC_REGISTRY"

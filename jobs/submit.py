@@ -349,19 +349,15 @@ def _stop(client: JobSubmissionClient, prefix: str, submission: Submission) -> i
 
 def command(  # noqa: PLR0913 - the flags of a command
     verb: Annotated[Verb, typer.Argument(help="The job.", show_default=False)],
-    job: Annotated[str, typer.Argument(help="Its job file: a path or URI of a YAML file.", show_default=False)],
+    job: job_config.JobFile,
     address: Annotated[
         str,
         typer.Option(
             help="The cluster's dashboard, as http://HOST:8265.", envvar=["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"]
         ),
     ] = "",
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Override a setting, as in --set scoring.actors=4. Repeatable.")
-    ] = None,
-    new_run: Annotated[
-        bool, typer.Option("--new-run", help="Delete the run in the output folder and start over.")
-    ] = False,
+    set_: job_config.Overrides = None,
+    new_run: job_config.NewRun = False,
     working_dir: Annotated[
         str | None,
         typer.Option(help="A folder to ship, as . for this checkout's code; by default the job file alone goes."),
