@@ -67,15 +67,18 @@ class Cluster:
         return begun
 
 
+def cpus_and_threads(given: float | None, gpus: float, share: int) -> tuple[float, int]:
+    """CPUs that a process with a model reserves, and its torch threads: as given, one beside a GPU, or its share."""
+    if given is not None:
+        return given, max(1, int(given))
+    threads = 1 if gpus > 0 else max(1, share)
+    return float(threads), threads
+
+
 def actor_cpus(config: RerankConfig, cores: int) -> tuple[float, int]:
-    """The CPUs each scoring actor reserves and the torch threads it uses: its share of the cores without a GPU."""
+    """The CPUs each scoring actor reserves and the torch threads it uses."""
     scoring = config.scoring
-    if scoring.cpus_per_actor is not None:
-        return scoring.cpus_per_actor, max(1, int(scoring.cpus_per_actor))
-    if scoring.gpus_per_actor > 0:
-        return 1.0, 1
-    share = max(1, cores // scoring.actors)
-    return float(share), share
+    return cpus_and_threads(scoring.cpus_per_actor, scoring.gpus_per_actor, cores // scoring.actors)
 
 
 def needs(config: RerankConfig, cores: int) -> dict[str, float]:
