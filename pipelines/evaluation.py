@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
 from crossenc.errors import ConfigError, InputError
 from crossenc.evaluation.comparison import Collection, System
@@ -35,7 +35,7 @@ from pipelines.finish import REPORT_FILE, SUCCESS_FILE
 from pipelines.model import Model, choose, from_config
 from pipelines.progress import announce
 from pipelines.rankings import Ranking
-from pipelines.records import ShardCounts
+from pipelines.records import JobState, ShardCounts
 from pipelines.rerank import rerank
 from pipelines.storage import Location, check_apart, delete, exists, list_files, locate, probe, put
 
@@ -45,14 +45,12 @@ _FOLDERS = ("collections", _RUNS_FOLDER, TREC_FOLDER)
 #: A ranking that lacks more of the candidates than this says nothing about depths.
 _MOST_LACKING = 0.01
 
-State = Literal["done", "already done", "stopped"]
-
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """How a call of `evaluate` ended. `evaluation` is what was found, None where it was stopped."""
 
-    state: State
+    state: JobState
     output: Location
     message: str
     evaluation: Evaluation | None = None

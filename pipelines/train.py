@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
 import ray
 from pydantic import TypeAdapter, ValidationError
@@ -36,6 +36,7 @@ from pipelines.finish import MANIFEST_FILE, REPORT_FILE, SUCCESS_FILE
 from pipelines.model import CheckpointModel, choose, registered_part
 from pipelines.plan import RUN_FOLDER
 from pipelines.progress import announce
+from pipelines.records import JobState
 from pipelines.silence import Silence
 from pipelines.storage import (
     Location,
@@ -72,14 +73,12 @@ DATA_FOLDER = f"{RUN_FOLDER}/data"
 _FOLDERS = (CHECKPOINT_FOLDER, train_finish.MODEL_FOLDER, train_finish.EVENTS_FOLDER, FAILED_BATCH_FOLDER, RUN_FOLDER)
 _POLL_SECONDS = 0.5
 
-State = Literal["done", "already done", "stopped"]
-
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """How a call of `train` ended. `result` says how good the model is, None where training was stopped."""
 
-    state: State
+    state: JobState
     output: Location
     message: str
     result: Finished | None = None
