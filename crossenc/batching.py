@@ -56,7 +56,7 @@ def token_budget_batches(
     return batches
 
 
-def padded_tokens(lengths: NDArray[np.int64], max_batch_tokens: int, window: int = WINDOW) -> int:
+def padded_tokens(lengths: NDArray[np.int64], max_batch_tokens: int) -> int:
     """Count the tokens, padding included, that the model sees when pairs of `lengths` are batched so, not packed."""
-    batches = token_budget_batches(lengths, max_batch_tokens, window)
+    batches = token_budget_batches(lengths, max_batch_tokens)
     return sum(len(batch) * int(lengths[batch[0]]) for batch in batches)

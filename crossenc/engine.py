@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -38,33 +37,6 @@ CPU_BATCH_TOKENS = 2048
 CUDA_BATCH_TOKENS = 65_536
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
-
-
-class Scorer(Protocol):
-    """What turns tokenised pairs into scores: the seam between pipelines and models."""
-
-    @property
-    def max_batch_tokens(self) -> int:
-        """Tokens that a forward pass holds at most, unless one pair alone is longer."""
-        ...
-
-    @property
-    def is_packed(self) -> bool:
-        """Whether batches hold no padding."""
-        ...
-
-    @property
-    def forward_kind(self) -> str:
-        """For people: how the model is called, and why so."""
-        ...
-
-    def num_fed_tokens(self, lengths: NDArray[np.int64]) -> int:
-        """Tokens that the model is given for pairs of these lengths [P], with padding."""
-        ...
-
-    def score(self, pairs: TokenizedPairs) -> NDArray[np.float32]:
-        """Scores in the order of `pairs`: float32 [P] for one label, [P, L] for L labels."""
-        ...
 
 
 @dataclass(slots=True)

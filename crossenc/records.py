@@ -1,10 +1,11 @@
-"""The records that ranking data is made of. Pure data: knows no model, no file format, no cluster.
+"""The records that ranking data is made of, and what scores them. Knows no model, no file format, no cluster.
 
 Ids are strings. A ranking's ranks start at 1.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,3 +76,30 @@ class TokenizedPairs:
     @property
     def num_tokens(self) -> int:
         return int(self.offsets[-1])
+
+
+class Scorer(Protocol):
+    """What turns tokenised pairs into scores: the seam between pipelines and models."""
+
+    @property
+    def max_batch_tokens(self) -> int:
+        """Tokens that a forward pass holds at most, unless one pair alone is longer."""
+        ...
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether batches hold no padding."""
+        ...
+
+    @property
+    def forward_kind(self) -> str:
+        """For people: how the model is called, and why so."""
+        ...
+
+    def num_fed_tokens(self, lengths: NDArray[np.int64]) -> int:
+        """Tokens that the model is given for pairs of these lengths [P], with padding."""
+        ...
+
+    def score(self, pairs: TokenizedPairs) -> NDArray[np.float32]:
+        """Scores in the order of `pairs`: float32 [P] for one label, [P, L] for L labels."""
+        ...

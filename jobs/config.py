@@ -7,8 +7,9 @@ import os
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
+import typer
 import yaml
 from pydantic import BaseModel, ValidationError
 from rich.console import Console
@@ -17,6 +18,15 @@ from crossenc.errors import ConfigError
 from pipelines.storage import FileInfo, info, locate, read_bytes, redact_options
 
 Config = TypeVar("Config", bound=BaseModel)
+
+# What the commands of jobs have in common.
+JobFile = Annotated[str, typer.Argument(help="The job file: a path or URI of a YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override a setting, as --set output=other or --set group.setting=4. Repeatable."),
+]
+NewRun = Annotated[bool, typer.Option("--new-run", help="Delete the run in the output folder and start over.")]
+
 _MAX_BYTES = 1_000_000
 #: The registry of jobs that name none, and of the commands on it.
 REGISTRY_VARIABLE = "CROSSENC_REGISTRY"
@@ -50,7 +60,9 @@ def show(config: BaseModel, lines: Sequence[str]) -> None:
 def _read_yaml(source: str) -> dict[str, Any]:
     file = _find(source)
     if file.num_bytes > _MAX_BYTES:
-        raise ConfigError(f"{source} has {file.num_bytes:,} bytes; that is no job file")
+        raise ConfigError(
+            f"{source} has {file.num_bytes:,} bytes: that is no job file; give the YAML file with the settings"
+        )
     text = read_bytes(file.location).decode()
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
@@ -109,7 +121,8 @@ def _explain(kind: type[BaseModel], problem: Any) -> str:
         hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
         return f"unknown key {path}; {hint}"
     if problem["type"] == "missing":
-        return f"{path} is missing"
+        or_set = f", or give --set {path}=…" if len(problem["loc"]) == 1 else ""
+        return f"{path} is missing; write it into the job file{or_set}"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{path}: {message}" if path else message
 

@@ -88,10 +88,8 @@ def _cell(figure: Figure) -> Text:
 
 
 def command(
-    job: Annotated[str, typer.Argument(help="The job file: a path or URI of a YAML file.", show_default=False)],
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Override a setting, as in --set scoring.actors=4. Repeatable.")
-    ] = None,
+    job: job_config.JobFile,
+    set_: job_config.Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show settings and plan; write nothing.")] = False,
     new_run: Annotated[
         bool, typer.Option("--new-run", help="Delete what models scored in the output folder and start over.")

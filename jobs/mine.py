@@ -75,14 +75,10 @@ def show_numbers(out: Console, heading: str, numbers: Mapping[str, int], meaning
 
 
 def command(
-    job: Annotated[str, typer.Argument(help="The job file: a path or URI of a YAML file.", show_default=False)],
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Override a setting, as in --set num_negatives=8. Repeatable.")
-    ] = None,
+    job: job_config.JobFile,
+    set_: job_config.Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show settings and plan; write nothing.")] = False,
-    new_run: Annotated[
-        bool, typer.Option("--new-run", help="Delete the run in the output folder and start over.")
-    ] = False,
+    new_run: job_config.NewRun = False,
 ) -> None:
     """Mine hard negatives for training from candidates or from a rerank run. Run it again to resume.
 

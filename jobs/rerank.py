@@ -12,6 +12,7 @@ from pipelines.config import RerankConfig
 from pipelines.estimate import estimate
 from pipelines.execute import needs
 from pipelines.model import Model
+from pipelines.progress import visible
 from pipelines.rerank import Outcome, rerank
 
 
@@ -47,7 +48,7 @@ def run(
 
 def _show_outcome(outcome: Outcome) -> None:
     out = Console(highlight=False, soft_wrap=True)
-    out.print(outcome.message, markup=False)
+    out.print(visible(outcome.message), markup=False)
     if outcome.counts is not None:
         counts = outcome.counts
         refused = sum(counts.refused.values())
@@ -60,16 +61,12 @@ def _show_outcome(outcome: Outcome) -> None:
 
 
 def command(
-    job: Annotated[str, typer.Argument(help="The job file: a path or URI of a YAML file.", show_default=False)],
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Override a setting, as in --set scoring.actors=4. Repeatable.")
-    ] = None,
+    job: job_config.JobFile,
+    set_: job_config.Overrides = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show settings, plan and an estimate; write nothing.")
     ] = False,
-    new_run: Annotated[
-        bool, typer.Option("--new-run", help="Delete the run in the output folder and start over.")
-    ] = False,
+    new_run: job_config.NewRun = False,
 ) -> None:
     """Rerank candidates with a cross-encoder, exactly once. Run it again to resume.
 

@@ -66,10 +66,8 @@ def _show_outcome(outcome: "Outcome") -> None:
 
 
 def command(
-    job: Annotated[str, typer.Argument(help="The job file: a path or URI of a YAML file.", show_default=False)],
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Override a setting, as in --set train.epochs=3. Repeatable.")
-    ] = None,
+    job: job_config.JobFile,
+    set_: job_config.Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show settings and steps; write nothing.")] = False,
     new_run: Annotated[
         bool, typer.Option("--new-run", help="Give an unfinished retraining up and begin another one.")

@@ -88,7 +88,10 @@ class StopSignal:
 
 
 def prepare() -> None:
-    """Quiets the libraries and refuses an environment in which reading data could run code."""
+    """Sets Ray's environment, begins the logs, and quiets the libraries.
+
+    Raises ConfigError for an environment in which reading data could run code, and for an unknown format of logs.
+    """
     for name in _UNSAFE:
         if os.environ.get(name, "0").lower() not in ("", "0", "false"):
             raise ConfigError(f"{name} lets Parquet files run code when they are read; unset it")

@@ -13,12 +13,11 @@ from pipelines.progress import visible
 from pipelines.status import RetrainStatus, RunStatus, TrainStatus, look, look_at_retraining, look_at_training
 
 
-def run(output: str, storage_options: dict[str, object] | None = None, *, as_json: bool = False) -> int:
+def run(output: str, *, as_json: bool = False) -> int:
     """Shows the run in `output` and returns the exit code."""
 
     def body(_: runtime.StopSignal) -> int:
-        options = storage_options or {}
-        status = look_at_training(output, options) or look_at_retraining(output, options) or look(output, options)
+        status = look_at_training(output) or look_at_retraining(output) or look(output)
         if as_json:
             Console(soft_wrap=True, highlight=False).print_json(json.dumps(asdict(status)))
         elif isinstance(status, TrainStatus):
@@ -73,10 +72,16 @@ def _show_retraining(status: RetrainStatus) -> None:
 
 
 def command(
-    output: Annotated[str, typer.Argument(help="The output folder of a run.", show_default=False)],
+    output: Annotated[
+        str, typer.Argument(help="The output of a rerank, training or retraining job.", show_default=False)
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:
-    """Show whether a run is running, resumable or finished, and what it has done so far."""
+    """Show whether a run is running, resumable or finished, and what it has done so far.
+
+    Of a store the address and credentials are those of the environment, as AWS_ENDPOINT_URL. Exit codes: 0 shown, 2 no
+    run that can be shown, 1 anything else.
+    """
     raise typer.Exit(run(output, as_json=as_json))
 
 

@@ -57,6 +57,8 @@ CONFIGS: dict[str, type[BaseModel]] = {
 ENDING_SECONDS = 60
 #: Never shipped with a working directory, beside what its .gitignore names.
 EXCLUDES = ["/.git/", "/.venv/", "/data/", "__pycache__/"]
+#: The jobs whose output `crossenc status` shows.
+_WITH_STATUS = ("rerank", "train", "retrain")
 _ALIVE = (JobStatus.PENDING, JobStatus.RUNNING)
 _POLL_SECONDS = 0.5
 #: How long a cluster that is being followed may be silent.
@@ -142,7 +144,10 @@ def _explained(address: str) -> Iterator[None]:
     except (OSError, RuntimeError, ValueError, aiohttp.ClientError, RayStateApiException) as error:
         # Those of requests are OSErrors.
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise CrossEncError(f"the cluster at {address} did not do as asked: {redact(reason)[:300]}") from None
+        raise CrossEncError(
+            f"the cluster at {address} did not do as asked: {redact(reason)[:300]}; look at its dashboard, or at the"
+            " tunnel to it"
+        ) from None
 
 
 # --- submitting
@@ -172,7 +177,10 @@ def _submit(client: JobSubmissionClient, prefix: str, submission: Submission, co
         except RuntimeError as error:
             if "already exists" not in str(error):
                 raise
-            raise RunConflictError(f"{submission_id} was submitted by someone else at the same moment") from None
+            raise RunConflictError(
+                f"{submission_id} was submitted by someone else at the same moment; follow that with"
+                f" {_log_command(submission, submission_id)}, or wait for its end and submit again"
+            ) from None
     _show(submission_id, submission, config.output)
     return submission_id
 
@@ -254,16 +262,18 @@ def _head_is_here(address: str) -> bool:
 
 
 def _show(submission_id: str, submission: Submission, output: str) -> None:
-    rows = {
-        "dashboard": f"{submission.address.rstrip('/')}/#/jobs/{submission_id}",
-        "progress": shlex.join(["crossenc", "status", output]),
-        "log": shlex.join(["ray", "job", "logs", "--follow", "--address", submission.address, submission_id]),
-        "stop": _stop_command(submission),
-    }
+    rows = {"dashboard": f"{submission.address.rstrip('/')}/#/jobs/{submission_id}"}
+    if submission.verb in _WITH_STATUS:
+        rows["progress"] = shlex.join(["crossenc", "status", output])
+    rows |= {"log": _log_command(submission, submission_id), "stop": _stop_command(submission)}
     out = Console(highlight=False, soft_wrap=True)
     out.print(f"submitted {submission_id}", markup=False)
     for name, value in rows.items():
         out.print(f"  {name:<10} {visible(value)}", markup=False)
+
+
+def _log_command(submission: Submission, submission_id: str) -> str:
+    return shlex.join(["ray", "job", "logs", "--follow", "--address", submission.address, submission_id])
 
 
 def _stop_command(submission: Submission) -> str:
@@ -288,7 +298,9 @@ def _follow(client: JobSubmissionClient, submission_id: str, submission: Submiss
         return runtime.RESUMABLE
     code = details.driver_exit_code
     if code is None:  # the driver never ran, or died with its supervisor
-        raise CrossEncError(f"{submission_id} did not run to an end: {redact(str(details.message))[:1000]}")
+        raise CrossEncError(
+            f"{submission_id} did not run to an end: {redact(str(details.message))[:1000]}; submit it again to go on"
+        )
     return code if 0 <= code < 256 else runtime.FAILED
 
 
@@ -337,19 +349,15 @@ def _stop(client: JobSubmissionClient, prefix: str, submission: Submission) -> i
 
 def command(  # noqa: PLR0913 - the flags of a command
     verb: Annotated[Verb, typer.Argument(help="The job.", show_default=False)],
-    job: Annotated[str, typer.Argument(help="Its job file: a path or URI of a YAML file.", show_default=False)],
+    job: job_config.JobFile,
     address: Annotated[
         str,
         typer.Option(
             help="The cluster's dashboard, as http://HOST:8265.", envvar=["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"]
         ),
     ] = "",
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Override a setting, as in --set scoring.actors=4. Repeatable.")
-    ] = None,
-    new_run: Annotated[
-        bool, typer.Option("--new-run", help="Delete the run in the output folder and start over.")
-    ] = False,
+    set_: job_config.Overrides = None,
+    new_run: job_config.NewRun = False,
     working_dir: Annotated[
         str | None,
         typer.Option(help="A folder to ship, as . for this checkout's code; by default the job file alone goes."),

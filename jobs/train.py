@@ -57,14 +57,10 @@ def show_result(out: Console, result: "Finished") -> None:
 
 
 def command(
-    job: Annotated[str, typer.Argument(help="The job file: a path or URI of a YAML file.", show_default=False)],
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Override a setting, as in --set epochs=3. Repeatable.")
-    ] = None,
+    job: job_config.JobFile,
+    set_: job_config.Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show settings and data; write nothing.")] = False,
-    new_run: Annotated[
-        bool, typer.Option("--new-run", help="Delete the run in the output folder and start over.")
-    ] = False,
+    new_run: job_config.NewRun = False,
 ) -> None:
     """Train a cross-encoder on labelled lists. Run it again to resume.
 

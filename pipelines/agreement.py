@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from crossenc.ranking import order
-from crossenc.records import TokenizedPairs
+from crossenc.records import Scorer, TokenizedPairs
 from pipelines.isolation import select
-from pipelines.model import Model, Scorer
+from pipelines.model import Model
 from pipelines.plan import RUN_FOLDER, InputFile, Shard
 from pipelines.prepare import ReadSettings, prepare
 from pipelines.records import Agreement

@@ -96,7 +96,6 @@ class RerankConfig(_Settings):
     scoring: ScoringConfig = ScoringConfig()
     cpus_per_tokeniser: Annotated[float, Field(gt=0, description="CPUs of each reading and tokenising task")] = 1
     shard_candidates: Annotated[int | None, Field(ge=1, description="candidates in a shard; by size if absent")] = None
-    wave_shards: Annotated[int, Field(ge=1, le=100_000, description="shards in one Ray dataset")] = 10_000
     max_text_bytes: Annotated[int, Field(ge=1, description="a longer query or document is refused")] = 4 * 2**20
     skip_bad_files: Annotated[bool, Field(description="go on without files that planning cannot read")] = False
     qrels: Annotated[str | None, Field(description="judgements; the report then shows before and after")] = None

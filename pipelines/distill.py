@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
 from crossenc.errors import InputError, RunConflictError
 from crossenc.layers import keep_layers, layers_to_keep
@@ -32,6 +32,7 @@ from pipelines.evaluate import read_qrels
 from pipelines.finish import SUCCESS_FILE, first_changed
 from pipelines.model import CheckpointModel, choose, from_config
 from pipelines.plan import RUN_FOLDER
+from pipelines.records import JobState
 from pipelines.storage import Location, check_apart, delete, exists, list_files, locate, put, put_new, read_bytes
 from pipelines.stored_files import store_model
 from pipelines.train_config import TrainConfig
@@ -44,14 +45,12 @@ from pipelines.unit_progress import UnitProgress
 TEACHERS_FOLDER, LISTS_FOLDER, START_FOLDER, STUDENT_FOLDER = "teachers", "lists", "start", "student"
 _START_RECORD = f"{RUN_FOLDER}/start.json"
 
-State = Literal["done", "already done", "stopped"]
-
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """How a call of `distill` ended. What a stage came to is None where it was not reached."""
 
-    state: State
+    state: JobState
     output: Location
     message: str
     lists: ListCounts | None = None

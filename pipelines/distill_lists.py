@@ -25,7 +25,7 @@ from pipelines.plan import Plan
 from pipelines.prepare import ReadSettings
 from pipelines.schemas import to_parquet
 from pipelines.storage import FileInfo, Location, expand, locate
-from pipelines.texts import default_cache, find_table
+from pipelines.texts import default_cache, find_tables
 from pipelines.unit_rows import (
     Unit,
     all_scores,
@@ -135,10 +135,7 @@ def _context(
     config: DistillConfig, output: Location, plan: Plan, results: tuple[Mapping[str, FileInfo], ...]
 ) -> ListContext:
     options = config.storage_options
-    queries = corpus = None
-    if config.queries and config.corpus:
-        queries = find_table("query", config.queries, "query_id", config.columns, options)
-        corpus = find_table("document", config.corpus, "doc_id", config.columns, options)
+    queries, corpus = find_tables(config.queries, config.corpus, config.columns, options)
     return ListContext(
         output=output,
         plan=plan,

@@ -61,7 +61,7 @@ def read_qrels(uris: str | tuple[str, ...], storage_options: Mapping[str, object
         for query_id, doc_id, grade in rows:
             qrels.setdefault(query_id, {})[doc_id] = grade
     if not qrels:
-        raise InputError(f"{', '.join(map(str, places))} has no judgements")
+        raise InputError(f"{', '.join(map(str, places))} has no judgements; give qrels with a row a judgement")
     return qrels
 
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
 from crossenc.errors import ConfigError, InputError
 from crossenc.evaluation.comparison import Collection, System
@@ -24,7 +24,7 @@ from pipelines.evaluation_inputs import Judged, Source
 from pipelines.evaluation_output import (
     EVALUATION_FILES,
     FORMAT,
-    RUNS_FOLDER,
+    TREC_FOLDER,
     Judgement,
     load,
     stored,
@@ -35,22 +35,22 @@ from pipelines.finish import REPORT_FILE, SUCCESS_FILE
 from pipelines.model import Model, choose, from_config
 from pipelines.progress import announce
 from pipelines.rankings import Ranking
-from pipelines.records import ShardCounts
+from pipelines.records import JobState, ShardCounts
 from pipelines.rerank import rerank
 from pipelines.storage import Location, check_apart, delete, exists, list_files, locate, probe, put
 
-_FOLDERS = ("collections", "runs", RUNS_FOLDER)
+#: A rerank run for each model and collection.
+_RUNS_FOLDER = "runs"
+_FOLDERS = ("collections", _RUNS_FOLDER, TREC_FOLDER)
 #: A ranking that lacks more of the candidates than this says nothing about depths.
 _MOST_LACKING = 0.01
-
-State = Literal["done", "already done", "stopped"]
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """How a call of `evaluate` ended. `evaluation` is what was found, None where it was stopped."""
 
-    state: State
+    state: JobState
     output: Location
     message: str
     evaluation: Evaluation | None = None
@@ -240,7 +240,7 @@ def _scored(
     scoring = system.scoring or job.config.scoring
     identity = [texts.digest, dict(model.digests()), scoring.result_options(), job.config.max_text_bytes]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    folder = job.output / f"runs/{collection.name}/{system.name}-{digest[:8]}"
+    folder = job.output / f"{_RUNS_FOLDER}/{collection.name}/{system.name}-{digest[:8]}"
     announce(stream, f"{system.name} on {collection.name} …")
     config = _rerank_config(job.config, system, texts.settings, folder.uri)
     outcome = rerank(config, connect=lambda: connect(config), stream=stream, should_stop=should_stop, model=model)

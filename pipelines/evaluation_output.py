@@ -31,7 +31,7 @@ PER_QUERY_FILE = "per_query.parquet"
 LOSSES_FILE = "losses.jsonl"
 #: All that an evaluation has found; its other outputs are what it was found from.
 EVALUATION_FILES = (EVALUATION_FILE, PER_QUERY_FILE, LOSSES_FILE, REPORT_FILE)
-RUNS_FOLDER = "trec"
+TREC_FOLDER = "trec"
 _TEXT_LENGTH = 280
 _PACKAGES = ("crossenc", "ir_measures", "numpy", "ray", "scipy", "torch", "transformers")
 _EVALUATION = TypeAdapter(Evaluation)
@@ -83,7 +83,7 @@ def _write_runs(output: Location, collections: Sequence[Collection]) -> None:
     for one in collections:
         for system in one.all_systems:
             run = {query: system.run[query] for query in one.qrels if query in system.run}
-            put(output / f"{RUNS_FOLDER}/{one.name}/{system.name}.run", rankings.trec_run(run))
+            put(output / f"{TREC_FOLDER}/{one.name}/{system.name}.run", rankings.trec_run(run))
 
 
 def _differences(values: Mapping[str, Values], system: str, config: EvaluateConfig) -> tuple[float, ...]:
@@ -153,7 +153,9 @@ def load(output: Location) -> Evaluation:
     try:
         return _EVALUATION.validate_python(stored(output)["evaluation"])
     except (KeyError, ValidationError) as error:
-        raise RunConflictError(f"{output / EVALUATION_FILE} is no evaluation of this version ({error})") from None
+        raise RunConflictError(
+            f"{output / EVALUATION_FILE} is no evaluation of this version ({error}); start over with --new-run"
+        ) from None
 
 
 def stored(output: Location) -> dict[str, Any]:

@@ -38,6 +38,8 @@ POLL_SECONDS = 0.2
 #: How long Ray Data may take to let go of its work when a run ends early.
 _END_SECONDS = 10.0
 _COMMIT_CPUS = 0.25
+#: Shards, or buckets, in one Ray dataset.
+_WAVE_ITEMS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +67,18 @@ class Cluster:
         return begun
 
 
+def cpus_and_threads(given: float | None, gpus: float, share: int) -> tuple[float, int]:
+    """CPUs that a process with a model reserves, and its torch threads: as given, one beside a GPU, or its share."""
+    if given is not None:
+        return given, max(1, int(given))
+    threads = 1 if gpus > 0 else max(1, share)
+    return float(threads), threads
+
+
 def actor_cpus(config: RerankConfig, cores: int) -> tuple[float, int]:
-    """The CPUs each scoring actor reserves and the torch threads it uses: its share of the cores without a GPU."""
+    """The CPUs each scoring actor reserves and the torch threads it uses."""
     scoring = config.scoring
-    if scoring.cpus_per_actor is not None:
-        return scoring.cpus_per_actor, max(1, int(scoring.cpus_per_actor))
-    if scoring.gpus_per_actor > 0:
-        return 1.0, 1
-    share = max(1, cores // scoring.actors)
-    return float(share), share
+    return cpus_and_threads(scoring.cpus_per_actor, scoring.gpus_per_actor, cores // scoring.actors)
 
 
 def needs(config: RerankConfig, cores: int) -> dict[str, float]:
@@ -105,8 +110,8 @@ def run(
     Items run in waves, because a dataset gets slower with their number. Close the generator to end early: what is in
     work is dropped then.
     """
-    for start in range(0, len(items), config.wave_shards):
-        yield from _run_wave(items[start : start + config.wave_shards], cluster, config, cpus_per_actor)
+    for start in range(0, len(items), _WAVE_ITEMS):
+        yield from _run_wave(items[start : start + _WAVE_ITEMS], cluster, config, cpus_per_actor)
 
 
 def _run_wave(

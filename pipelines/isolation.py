@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from crossenc.batching import token_budget_batches
 from crossenc.errors import ScoreError
-from crossenc.records import TokenizedPairs
-from pipelines.model import Model, Scorer, check_canary
+from crossenc.records import Scorer, TokenizedPairs
+from pipelines.model import Model, check_canary
 
 #: A shard whose scoring kills more children than this is given up: what is left of it is refused.
 MAX_CHILD_DEATHS = 64

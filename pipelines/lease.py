@@ -164,8 +164,8 @@ def _wait_until_dead(output: Location, holder: Holder) -> None:
         if now is None or (now.owner, now.beat) != (holder.owner, holder.beat):
             active = now or holder
             raise RunConflictError(
-                f"another run is active on {output} (host {active.host}, pid {active.pid}); let it finish or stop it,"
-                " and see `crossenc status` for its progress"
+                f"another run is active on {output} (host {active.host}, pid {active.pid}); let it finish or stop it:"
+                " its log says how far it is"
             )
 
 

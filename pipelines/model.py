@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from crossenc.errors import CheckpointError, ConfigError, InputError, ScoreError
-from crossenc.records import TokenizedPairs
+from crossenc.records import Scorer
 from pipelines import metrics, registry
 from pipelines.config import RerankConfig
 from pipelines.prepare import Tokenizer
@@ -21,27 +20,6 @@ from pipelines.storage import Location, locate
 
 #: The part of a fingerprint that names the version, where the model is one of a registry.
 REGISTERED_PART = "registered model"
-
-
-class Scorer(Protocol):
-    """Scores tokenised pairs, float32 [P]; in batches of at most `max_batch_tokens`, without padding if packed."""
-
-    @property
-    def max_batch_tokens(self) -> int: ...
-
-    @property
-    def is_packed(self) -> bool: ...
-
-    @property
-    def forward_kind(self) -> str:
-        """How the model is called, and why so, for people."""
-        ...
-
-    def num_fed_tokens(self, lengths: NDArray[np.int64]) -> int:
-        """Tokens that the model is given for pairs of these lengths, with padding."""
-        ...
-
-    def score(self, pairs: TokenizedPairs) -> NDArray[np.float32]: ...
 
 
 class Model(Protocol):
@@ -283,4 +261,7 @@ def check_canary(scorer: Scorer, tokenizer: Tokenizer, name: str) -> None:
     pairs = tokenizer.encode(["what is a query"], ["a query is a question put to a search engine"])
     score = scorer.score(pairs)
     if not np.isfinite(score).all():
-        raise ScoreError(f"{name} gives {score.ravel()[0]} for an ordinary pair: its weights are damaged")
+        raise ScoreError(
+            f"{name} gives {score.ravel()[0]} for an ordinary pair: its weights are damaged, or too large for its"
+            " number format; fetch the model again, or take dtype: float32"
+        )

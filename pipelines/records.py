@@ -5,7 +5,10 @@ A record is JSON-friendly: numbers, strings, tuples and string-keyed mappings on
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
+#: How a job came to its end; what was stopped goes on when it is run again.
+JobState = Literal["done", "already done", "stopped"]
 #: Upper edges, in tokens, of the document-length histogram's bins; the last bin is open.
 LENGTH_EDGES: tuple[int, ...] = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096)
 #: Bins of the score histogram: SCORE_BINS equal bins between two edges that depend on the activation.

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
 import pyarrow.parquet as pq
 
@@ -23,7 +23,7 @@ from pipelines.plan import RUN_FOLDER, Plan
 from pipelines.prepare import ReadSettings, pass_through_fields
 from pipelines.progress import Progress, announce
 from pipelines.rank import RankSettings
-from pipelines.records import Agreement, ShardCounts, ShardRecord
+from pipelines.records import Agreement, JobState, ShardCounts, ShardRecord
 from pipelines.silence import Silence
 from pipelines.stages import Item, RunContext, bucket_id, raise_failure
 from pipelines.storage import (
@@ -40,14 +40,12 @@ from pipelines.storage import (
 )
 from pipelines.texts import TextTable, default_cache, find_table
 
-State = Literal["done", "already done", "stopped"]
-
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """How a call of `rerank` ended. `counts` is what is committed, None where nothing was looked at."""
 
-    state: State
+    state: JobState
     output: Location
     message: str
     counts: ShardCounts | None = None

@@ -318,7 +318,10 @@ def _make(job: RetrainJob, known: Sequence[tuple[Retraining, Ending | None]]) ->
     chosen = files if config.use == "all" else [file for file in files if file.is_new]
     num_left = sum(num_rows[file.uri] - file.num_leaking for file in chosen)
     if not num_left:
-        raise InputError("nothing is left to train on: every row of labels that can be read is judged on")
+        raise InputError(
+            "nothing is left to train on: every row of labels that can be read is judged on; add labels of other"
+            " queries"
+        )
     _check_judgements(job, chosen)
     num_before = len(leaks) - sum(file.num_leaking for file in chosen)
     now = round(time.time(), 3)

@@ -21,14 +21,14 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from crossenc.errors import CheckpointError, CrossEncError, InputError, RunConflictError, ScoreError, StorageError
-from crossenc.records import TokenizedPairs
+from crossenc.records import Scorer, TokenizedPairs
 from pipelines.commit import CommitSettings, commit_bucket, commit_shard
 from pipelines.control import GIVE_UP_LOADING_AFTER_DEATHS
 from pipelines.isolation import Outcome, is_broken, score_halving, score_isolated
 from pipelines.logs import NAMED_REFUSALS, Logs, note
 from pipelines.logs import begin as begin_logs
 from pipelines.merge import read_bucket
-from pipelines.model import Model, Scorer
+from pipelines.model import Model
 from pipelines.plan import InputFile, Shard
 from pipelines.prepare import ReadSettings, Tokenizer, prepare
 from pipelines.records import ShardRecord, StageSeconds

@@ -65,9 +65,9 @@ class RetrainStatus:
     steps_to_do: tuple[str, ...]
 
 
-def look_at_retraining(output_uri: str, storage_options: Mapping[str, Any]) -> RetrainStatus | None:
+def look_at_retraining(output_uri: str) -> RetrainStatus | None:
     """The status of the retrainings in `output_uri`, None where there are none."""
-    output = locate(output_uri, storage_options)
+    output = locate(output_uri)
     known = records.read_all(output)
     if not known:
         return None
@@ -87,9 +87,9 @@ def look_at_retraining(output_uri: str, storage_options: Mapping[str, Any]) -> R
     )
 
 
-def look_at_training(output_uri: str, storage_options: Mapping[str, Any]) -> TrainStatus | None:
+def look_at_training(output_uri: str) -> TrainStatus | None:
     """The status of the training run in `output_uri`, None where there is none."""
-    output = locate(output_uri, storage_options)
+    output = locate(output_uri)
     if not exists(output / TRAIN_STATE_FILE):
         return None
     holder = lease.last_holder(output)
@@ -104,15 +104,16 @@ def look_at_training(output_uri: str, storage_options: Mapping[str, Any]) -> Tra
     )
 
 
-def look(output_uri: str, storage_options: Mapping[str, Any]) -> RunStatus:
+def look(output_uri: str) -> RunStatus:
     """The status of the run in `output_uri`. Raises InputError where there is none."""
-    output = locate(output_uri, storage_options)
+    output = locate(output_uri)
     plan = plans.load(output)
     if plan is None:
         raise InputError(f"{output} holds no run; give the output folder of a rerank, training or retraining job")
     if "job" in plan.parts:
         raise InputError(
-            f"{output} holds a run of `crossenc {plan.parts['job']}`; run its command again to see how it is"
+            f"{output} holds a run of `crossenc {plan.parts['job']}`, which status does not show: see its log, or"
+            f" {output / finish.SUCCESS_FILE}, which is there once it is done"
         )
     holder = lease.last_holder(output)
     shard_ids = [shard.shard_id for shard in plan.shards]

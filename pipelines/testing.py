@@ -8,9 +8,8 @@ from crossenc.testing import FakeScorer, FakeTokenizer
 
 @dataclass(frozen=True, slots=True)
 class FakeModel:
-    """Scores by hashing tokens, in [0, 1), at `seconds_per_pair`. A `model.Model`."""
+    """Scores by hashing tokens, in [0, 1). A `model.Model`."""
 
-    seconds_per_pair: float = 0.0
     max_length: int = 512
 
     @property
@@ -27,7 +26,7 @@ class FakeModel:
         return FakeTokenizer(max_length=self.max_length)
 
     def load_scorer(self, threads: int) -> FakeScorer:
-        return FakeScorer(seconds_per_pair=self.seconds_per_pair)
+        return FakeScorer()
 
     def exact(self) -> None:
         return None

@@ -93,6 +93,16 @@ def find_table(
     return TextTable(kind, files, *found[0])
 
 
+def find_tables(
+    queries: str | None, corpus: str | None, names: Mapping[str, str], storage_options: Mapping[str, Any]
+) -> tuple[TextTable | None, TextTable | None]:
+    """The tables of queries and documents, None for one that is not given. Errors as find_table's."""
+    return (
+        find_table("query", queries, "query_id", names, storage_options) if queries else None,
+        find_table("document", corpus, "doc_id", names, storage_options) if corpus else None,
+    )
+
+
 def _format_of(file: FileInfo) -> Literal["parquet", "jsonl", "tsv"]:
     """What kind of file it is, by its name: Parquet, unless that says otherwise."""
     name = file.location.name.lower().removesuffix(".gz")

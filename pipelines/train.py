@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
 import ray
 from pydantic import TypeAdapter, ValidationError
@@ -31,11 +31,12 @@ from crossenc.losses.objective import check_num_labels
 from pipelines import checkpoints, lease, logs, metrics, train_board, train_finish
 from pipelines import plan as plans
 from pipelines.checkpoints import CHECKPOINT_FOLDER, TRAIN_STATE_FILE
-from pipelines.execute import describe_shortage
+from pipelines.execute import cpus_and_threads, describe_shortage
 from pipelines.finish import MANIFEST_FILE, REPORT_FILE, SUCCESS_FILE
 from pipelines.model import CheckpointModel, choose, registered_part
 from pipelines.plan import RUN_FOLDER
 from pipelines.progress import announce
+from pipelines.records import JobState
 from pipelines.silence import Silence
 from pipelines.storage import (
     Location,
@@ -72,14 +73,12 @@ DATA_FOLDER = f"{RUN_FOLDER}/data"
 _FOLDERS = (CHECKPOINT_FOLDER, train_finish.MODEL_FOLDER, train_finish.EVENTS_FOLDER, FAILED_BATCH_FOLDER, RUN_FOLDER)
 _POLL_SECONDS = 0.5
 
-State = Literal["done", "already done", "stopped"]
-
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """How a call of `train` ended. `result` says how good the model is, None where training was stopped."""
 
-    state: State
+    state: JobState
     output: Location
     message: str
     result: Finished | None = None
@@ -155,14 +154,9 @@ def _needs_of(num_workers: int, config: TrainConfig, cores: int) -> dict[str, fl
 
 
 def worker_cpus(config: TrainConfig, cores: int) -> tuple[float, int]:
-    """The CPUs each worker reserves and the torch threads it uses: its share of the cores without a GPU."""
+    """The CPUs each worker reserves and the torch threads it uses."""
     workers = config.workers
-    if workers.cpus is not None:
-        return workers.cpus, max(1, int(workers.cpus))
-    if workers.gpus > 0:
-        return 1.0, 1
-    own = max(1, cores // workers.count)
-    return float(own), own
+    return cpus_and_threads(workers.cpus, workers.gpus, cores // workers.count)
 
 
 def train(

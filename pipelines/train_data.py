@@ -38,7 +38,7 @@ from pipelines.storage import (
     put_new,
     read_bytes,
 )
-from pipelines.texts import TextTable, default_cache, find_table
+from pipelines.texts import TextTable, default_cache, find_tables
 from pipelines.train_data_config import LabelledData
 from pipelines.train_files import DamagedError, Slice, cut_slices, find_columns
 from pipelines.train_files import list_files as list_input
@@ -246,8 +246,7 @@ def _resolve(
     names = {role: name for role, name in data.columns.items() if role in roles}
     if "document" in data.columns:
         names["text"] = data.columns["document"]
-    queries = find_table("query", data.queries, "query_id", names, options) if data.queries else None
-    corpus = find_table("document", data.corpus, "doc_id", names, options) if data.corpus else None
+    queries, corpus = find_tables(data.queries, data.corpus, names, options)
     files = list_input(data, options)
     tables = [*(queries.files if queries else ()), *(corpus.files if corpus else ())]
     tokenizer: PairTokenizer = source.load_tokenizer()

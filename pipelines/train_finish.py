@@ -85,7 +85,7 @@ def finish(run: TrainRun, say: Callable[[str], None]) -> Finished:
     with tempfile.TemporaryDirectory(prefix="crossenc-model-") as folder:
         model.save_pretrained(folder)
         files = store_model(Path(folder), MODEL_FOLDER, run.output)
-    summary = _summary(run, model, best, last, result, lineage)
+    summary = _summary(run, best, last, result, lineage)
     put(run.output / REPORT_FILE, render(summary).encode())
     try:
         name, events = event_file(last.logs, run.started)
@@ -166,7 +166,6 @@ def _fill_card(
 
 def _summary(
     run: TrainRun,
-    model: CrossEncoder,
     best: Checkpoint,
     last: Checkpoint,
     result: Finished,

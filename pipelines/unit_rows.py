@@ -51,7 +51,7 @@ class RowContext:
     output: Location
     plan: Plan
     read: ReadSettings
-    results: tuple[Mapping[str, FileInfo], ...] = ()
+    results: tuple[Mapping[str, FileInfo], ...]
 
     def uses_texts(self, query_id: str | None) -> bool:
         """Whether anything will be made of a query's documents; texts of others are not kept."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
-from typing import Any, Generic, Literal, Protocol, TextIO, TypeVar
+from typing import Any, Generic, Protocol, TextIO, TypeVar
 
 import pyarrow as pa
 from pydantic import TypeAdapter, ValidationError
@@ -25,6 +25,7 @@ from pipelines import lease, logs, metrics, unit_workers
 from pipelines import plan as plans
 from pipelines.finish import MANIFEST_FILE, SUCCESS_FILE, first_changed
 from pipelines.plan import RUN_FOLDER, Plan, Shard
+from pipelines.records import JobState
 from pipelines.stages import bucket_id
 from pipelines.storage import FileInfo, Location, delete, exists, list_files, put, put_new, read_bytes
 from pipelines.stored_files import StoredFile, store
@@ -40,8 +41,6 @@ SHARD_CANDIDATES = 32_768
 #: Candidates in a bucket where queries are spread over shards: their texts are in memory at once.
 _BUCKET_CANDIDATES = 65_536
 _MAX_BUCKETS = 4096
-
-State = Literal["done", "already done", "stopped"]
 
 
 class UnitCounts(Protocol):
@@ -113,7 +112,7 @@ class UnitJob(Generic[Counts]):
 class Outcome(Generic[Counts]):
     """How a call of `run` ended. `counts` are those of the whole run, None where it was stopped."""
 
-    state: State
+    state: JobState
     output: Location
     message: str
     counts: Counts | None = None

@@ -1,25 +1,32 @@
 """The README is true: its commands run as they stand, its job file is valid, its tree is the tree."""
 
 import contextlib
+import dataclasses
+import itertools
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
+from crossenc.evaluation.gate import Gate
 from crossenc.testing import tiny_checkpoint
+from jobs import config as job_config
 from jobs.cli import app
+from jobs.export import Target
 from pipelines.config import RerankConfig, ScoringConfig
 from pipelines.distill_config import DistillConfig
 from pipelines.evaluation_config import CollectionConfig, EvaluateConfig
 from pipelines.mine_config import MineConfig
 from pipelines.retrain_config import RetrainConfig
-from pipelines.train_config import TrainConfig
+from pipelines.train_config import TrainConfig, WorkersConfig
 from tests.support.checkpoints import make_backbone
 from tests.support.collections import make_collection, read_results
 
@@ -30,6 +37,12 @@ IN_PROCESS = ("models", "promote", "rollback", "evaluate", "distill", "retrain")
 #: What these do takes minutes: in the quick test they only show their plan, and nothing looks at their output.
 LONG = {"crossenc distill distill.yaml": "--dry-run", "crossenc retrain retrain.yaml --refused-ok": "--dry-run"}
 AFTER_LONG = ("crossenc status retrained",)
+#: Groups of settings that a commented job file shows as a whole, where it shows them in lines of their own.
+WHOLE_BLOCKS = {
+    "scoring": set(ScoringConfig.model_fields),
+    "workers": set(WorkersConfig.model_fields),
+    "gate": {field.name for field in dataclasses.fields(Gate)},
+}
 
 
 def blocks(language: str) -> list[str]:
@@ -125,6 +138,19 @@ def test_the_install_command_installs_what_the_readme_uses(tmp_path):
     assert (tmp_path / "site" / "jobs" / "configs" / "rerank.yaml").exists()
 
 
+def test_the_recipe_for_int8_is_a_job_of_its_own_beside_the_one_in_float32(tmp_path):
+    (recipe,) = re.findall(r"```\n(pip install .*?)```", README, re.DOTALL)
+    install, export, rerank = (shlex.split(line) for line in recipe.replace("\\\n", "").splitlines())
+    assert install[:4] == ["pip", "install", "--constraint", "constraints.txt"]
+    job = tmp_path / "rerank.yaml"
+    job.write_text(next(block for block in blocks("yaml") if block.startswith("# rerank.yaml")))
+    overrides = [setting for flag, setting in itertools.pairwise(rerank) if flag == "--set"]
+    plain, int8 = job_config.load(RerankConfig, str(job)), job_config.load(RerankConfig, str(job), overrides)
+    assert int8.output != plain.output
+    assert (int8.model, int8.scoring.backend) == (export[3], "onnx")
+    assert int8.scoring.onnx_file in {f"model_qint8_{target}.onnx" for target in Target}
+
+
 @pytest.mark.parametrize("command", commands("make "))
 def test_make_targets_exist(command):
     done = subprocess.run([*command.split(), "--dry-run"], cwd=ROOT, capture_output=True, text=True)
@@ -146,8 +172,7 @@ def test_every_setting_is_explained_and_every_explained_setting_exists():
     table = README.split("| setting | default | meaning |")[1].split("\n\n")[0]
     cells = [line.split("|") for line in table.splitlines()[2:]]
     explained = {name for row in cells for name in re.findall(r"`([a-z_]+)`", row[1])}
-    internal = {"cpus_per_tokeniser", "wave_shards"}
-    assert explained | internal == set(RerankConfig.model_fields)
+    assert explained == set(RerankConfig.model_fields)
     assert set(ScoringConfig.model_fields) <= set(re.findall(r"`([a-z_]+)`", table))
 
 
@@ -202,8 +227,27 @@ def test_the_annotated_tree_names_every_module_and_nothing_else():
         ("retrain", RetrainConfig),
     ],
 )
-def test_the_commented_job_file_is_valid_and_comments_out_what_there_is(name, kind):
+def test_the_commented_job_file_is_valid_and_has_every_setting_with_its_default(name, kind):
     text = (ROOT / "jobs" / "configs" / f"{name}.yaml").read_text()
-    kind.model_validate(yaml.safe_load(text))
-    settings = re.findall(r"^# ([a-z_]+): ", text, re.MULTILINE)
-    assert set(settings) <= set(kind.model_fields)
+    given = yaml.safe_load(text)
+    plain = kind.model_validate(given)
+    commented = list(commented_settings(text))
+    assert {*given} | {path[0] for path, _, _ in commented} == set(kind.model_fields)
+    for block, fields in WHOLE_BLOCKS.items():
+        shown = {path[1] for path, _, _ in commented if path[0] == block and len(path) == 2}
+        assert shown in (set(), fields)
+    for path, value, comment in commented:
+        is_example = path[0] in given or (len(path) == 2 and path[0] not in WHOLE_BLOCKS)
+        if value is None or is_example or "default" in comment or "…" in f"{value}":
+            continue
+        changed = kind.model_validate(given | {path[0]: {path[1]: value} if len(path) == 2 else value})
+        assert getattr(changed, path[0]) == getattr(plain, path[0]), f"{'.'.join(path)} is not {value} by default"
+
+
+def commented_settings(text: str) -> Iterator[tuple[tuple[str, ...], object, str]]:
+    """Each setting that is commented out, below that which it is a part of, with its value and what is said of it."""
+    block = ""
+    for indent, name, rest in re.findall(r"^#( | {3})([a-z_]+):(.*)$", text, re.MULTILINE):
+        value, _, comment = rest.partition(" # ")
+        block = name if indent == " " else block
+        yield (name,) if indent == " " else (block, name), yaml.safe_load(value), comment

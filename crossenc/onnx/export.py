@@ -67,14 +67,13 @@ def export_onnx(
     precision: Precision = "float32",
     calibration: Sequence[Pair] | TokenizedPairs = (),
     target: Target | None = None,
-    max_int8_error: float = MAX_INT8_ERROR,
 ) -> Exported:
     """Write `model` as ONNX into the folder `onnx` of `folder`.
 
     The float32 graph is compared with torch on batches of one pair and more, of one token and up to the longest that
     the model takes, or 1,024. For int8, `calibration` holds pairs such as will be scored, 64 or more; `target` are the
-    instructions of the machines that will score, this one's when None; `max_int8_error` bounds the mean difference of
-    the logits of these pairs, in standard deviations, layers that break it stay float32.
+    instructions of the machines that will score, this one's when None; layers whose int8 would take the logits of
+    these pairs further than MAX_INT8_ERROR from the float32 ones stay float32.
     Raises ConfigError for a language model that is asked yes or no or a precision that does not exist, InputError for
     int8 without pairs, CheckpointError where the graph's scores are not the model's.
     """
@@ -94,7 +93,7 @@ def export_onnx(
         _check_like_torch(model, parts, names, graph)
         if precision == "int8":
             chosen = target or target_of_this_machine()
-            quantized = quantize(graph, _batches(model, calibration), chosen, max_int8_error)
+            quantized = quantize(graph, _batches(model, calibration), chosen, MAX_INT8_ERROR)
             graph = graph.with_name(file_name("int8", chosen))
             onnx.save(quantized.model, str(graph))
             return Exported(copy_files(graph, place), quantized.num_layers, quantized.left_out)

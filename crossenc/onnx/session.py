@@ -30,18 +30,16 @@ _OUT_OF_MEMORY = ("Failed to allocate memory", "bad allocation", "bad_alloc", "o
 class OnnxNetwork(nn.Module):
     """The file of a whole cross-encoder as a network: token ids [B, W] to logits [B, L] under "scores".
 
-    Its memory is the CPU's; a provider with another one copies. `num_threads` are torch's when None.
+    Its memory is the CPU's; a provider with another one copies. Its threads are torch's.
     """
 
-    def __init__(
-        self, path: Path, num_labels: int, provider: str = CPU_PROVIDER, num_threads: int | None = None
-    ) -> None:
+    def __init__(self, path: Path, num_labels: int, provider: str = CPU_PROVIDER) -> None:
         """Raises CheckpointError for a file that is no such network, ConfigError for an unknown provider."""
         super().__init__()
         self.path = path
         self.provider = provider
         check_file(path)
-        self._session = open_session(str(path), provider, num_threads)
+        self._session = open_session(str(path), provider)
         self._names = [node.name for node in self._session.get_inputs()]
         outputs = self._session.get_outputs()
         unknown = sorted(set(self._names) - set(INPUT_NAMES))
@@ -72,15 +70,13 @@ class OnnxNetwork(nn.Module):
         return {"scores": torch.from_numpy(logits).to(ids.device)}
 
 
-def open_session(
-    model: str | bytes, provider: str = CPU_PROVIDER, num_threads: int | None = None
-) -> onnxruntime.InferenceSession:
-    """A session of a file or of a serialised model, with one operator at a time on `num_threads` threads."""
+def open_session(model: str | bytes, provider: str = CPU_PROVIDER) -> onnxruntime.InferenceSession:
+    """A session of a file or of a serialised model, with one operator at a time on as many threads as torch has."""
     known = onnxruntime.get_available_providers()
     if provider not in known:
         raise ConfigError(f"there is no provider {provider!r} here: choose from {', '.join(known)}")
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads() if num_threads is None else num_threads
+    options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL

@@ -75,7 +75,6 @@ class Collection:
     num_test_queries: int
     num_candidates: int
     num_training_pairs: int
-    num_leaks_removed: int
 
 
 def build_collection(
@@ -98,8 +97,7 @@ def build_collection(
                 f"The demo's {name} split has no docstring with a summary and a rest: Python may be "
                 "installed without its sources or run with docstrings stripped (-OO). Use a full Python installation."
             )
-    num_leaks_removed = len(found["dev"]) - len(dev) + len(found["train"]) - len(train)
-    return _write(folder, library, splits, num_leaks_removed)
+    return _write(folder, library, splits)
 
 
 def split_of_family(family: str) -> str:
@@ -242,9 +240,7 @@ def _runs(pair: Docstring) -> Iterator[tuple[str, ...]]:
             yield tuple(words[start : start + LEAK_WORDS])
 
 
-def _write(
-    folder: Path, library: Sequence[Docstring], splits: dict[str, list[Docstring]], num_leaks_removed: int
-) -> Collection:
+def _write(folder: Path, library: Sequence[Docstring], splits: dict[str, list[Docstring]]) -> Collection:
     folder.mkdir(parents=True, exist_ok=True)
     documents = {_normal(d.rest): d for d in reversed(library)}  # equal rests are one document, named by the first
     doc_ids = [d.name for d in documents.values()]
@@ -278,7 +274,6 @@ def _write(
         num_test_queries=len(queries["test"]),
         num_candidates=len(candidates),
         num_training_pairs=len(training),
-        num_leaks_removed=num_leaks_removed,
     )
 
 

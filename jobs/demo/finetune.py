@@ -50,12 +50,12 @@ class FinetuneSettings:
     seed: int = 0
 
 
-def write_training_job(collection: Collection, folder: Path, *, settings: FinetuneSettings | None = None) -> Path:
+def write_training_job(collection: Collection, folder: Path) -> Path:
     """Writes training lists and the job file train.yaml to `folder`; returns the job file.
 
     Raises InputError when the backbone's package is not installed.
     """
-    settings = settings or FinetuneSettings()
+    settings = FinetuneSettings()
     backbone = backbone_folder()
     lists = _choose_lists(collection.training, settings)
     data = folder / "training.parquet"

@@ -325,9 +325,6 @@ def test_digests_are_those_of_the_checkpoints_files(checkpoint: Path) -> None:
     assert digests["config.json"] == sha256((checkpoint / "config.json").read_bytes()).hexdigest()
 
 
-MODULES = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"}]
-
-
 # tiny checkpoints
 
 

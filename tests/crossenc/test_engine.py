@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crossenc.batching import token_budget_batches
-from crossenc.engine import CPU_BATCH_TOKENS, Engine, Scorer
+from crossenc.engine import CPU_BATCH_TOKENS, Engine
 from crossenc.errors import ConfigError
-from crossenc.records import TokenizedPairs
+from crossenc.records import Scorer, TokenizedPairs
 from crossenc.testing import WORDS, FakeScorer, FakeTokenizer, tiny_checkpoint
 from crossenc.tokenizer import PairTokenizer, load_tokenizer
 

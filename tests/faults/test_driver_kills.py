@@ -80,11 +80,11 @@ def test_a_killed_driver_is_resumed_to_the_bytes_of_an_undisturbed_run(scene, st
         wanted = len(committed) + 2
         driver.wait_until(lambda wanted=wanted: len(parts(output)) >= wanted, 200)
         low = len(parts(output))
-        running = status.look(str(output), {})
+        running = status.look(str(output))
         assert low <= running.num_shards_done <= len(parts(output))
         assert running.state == "running" and f"pid {driver.pid}" in running.detail
         driver.kill9()
-        assert status.look(str(output), {}).state == "resumable"
+        assert status.look(str(output)).state == "resumable"
         driver.cleanup()
         now = parts(output)
         assert {name: now[name] for name in committed} == committed  # a committed part is never written again
@@ -118,7 +118,7 @@ def test_a_driver_told_to_stop_finishes_what_is_in_work_and_says_how_to_resume(s
     assert "stopped; run the same command again to resume" in driver.stdout_path.read_text()
     before = parts(output)
     assert 1 <= len(before) < NUM_SHARDS
-    assert status.look(str(output), {}).state == "resumable"
+    assert status.look(str(output)).state == "resumable"
     if number == signal.SIGTERM:
         driver = starter.run(job)
         assert driver.wait(0) == 0, driver.tail()

@@ -63,7 +63,7 @@ def killed_until_done(starter: Drivers, job: str, output: Path, waits: Iterator[
             return at
         except TimeoutError:
             driver.kill9()
-        status = look_at_retraining(str(output), {})
+        status = look_at_retraining(str(output))
         at.append(status.steps_to_do[0] if status and status.steps_to_do else "begin or end")
         driver.cleanup()
     driver = starter.start(job, module="jobs.retrain")

@@ -110,7 +110,7 @@ def test_a_frozen_run_is_taken_over_and_does_no_harm_when_it_comes_back(settings
     # The zombie's last heartbeat and its journal lie apart from the other's, under its own epoch.
     changed = {path for path in visible_files(output) if (output / path).read_bytes() != finished.get(path)}
     assert changed <= {path for path in visible_files(output) if path.startswith("_run/") and "-000001" in path}
-    assert status.look(str(output), {}).state == "finished"
+    assert status.look(str(output)).state == "finished"
 
 
 @pytest.mark.parametrize(

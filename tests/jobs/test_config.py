@@ -44,7 +44,7 @@ def test_overrides_set_values_inside_groups_with_yaml_types(tmp_path):
         (GOOD + "interpolate: {}\n", "give either weight"),
         (GOOD + "queries: q.parquet\n", "queries and corpus go together"),
         (GOOD + "layout: pairs\nqueries: q\ncorpus: c\n", "layout pairs holds its own texts"),
-        ("model: m\noutput: out\n", "candidates is missing"),
+        ("model: m\noutput: out\n", "candidates is missing; write it into the job file, or give --set candidates=…"),
         ("candidates: []\nmodel: m\noutput: out\n", "candidates is empty"),
         ("- a\n- b\n", "holds no settings"),
         ("candidates: [a\n", "is not YAML"),

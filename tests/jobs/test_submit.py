@@ -133,7 +133,7 @@ def test_a_stopped_rerank_drains_ends_resumable_and_the_next_submission_ends_lik
     known = details(head, submitted_id(first))
     assert known["status"] == "STOPPED"
     before = parts(output)
-    assert 2 <= len(before) < 50 and status.look(str(output), {}).state == "resumable"
+    assert 2 <= len(before) < 50 and status.look(str(output)).state == "resumable"
     log = urllib.request.Request(
         f"{head.address}/api/jobs/{submitted_id(first)}/logs", headers={"Authorization": f"Bearer {head.token}"}
     )
@@ -302,7 +302,17 @@ def test_what_cannot_work_is_refused_before_anything_is_submitted(
     assert message in error and "abc" not in error and "pass-phrase" not in error
 
 
+@pytest.mark.parametrize("verb", list(submit.CONFIGS))
+def test_a_submission_points_to_the_status_command_where_that_knows_the_job(capsys, verb):
+    submission = submit.Submission(verb=verb, job="job.yaml", address="http://head:8265")
+    submit._show("crossenc-1", submission, "s3://b/out")
+    shown = capsys.readouterr().out
+    assert ("crossenc status s3://b/out" in shown) == (verb in ("rerank", "train", "retrain"))
+    assert "ray job logs --follow --address http://head:8265 crossenc-1" in shown
+
+
 def test_a_cluster_that_does_not_answer_is_said_so(tmp_path, capsys):
     job = write(tmp_path / "job.yaml", {"candidates": "/in", "model": "m", "output": "/out"})
     assert submit.run(submit.Submission(verb="rerank", job=job, address="http://127.0.0.1:1")) == 1
-    assert "the cluster at http://127.0.0.1:1 did not do as asked" in capsys.readouterr().err
+    assert "the cluster at http://127.0.0.1:1 did not do as asked" in (error := capsys.readouterr().err)
+    assert "look at its dashboard, or at the tunnel to it" in error

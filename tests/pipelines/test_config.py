@@ -84,7 +84,6 @@ CHANGES_RESULTS = [
 CHANGES_NOTHING = [
     {"scoring": {"actors": 3, "gpus_per_actor": 1, "cpus_per_actor": 2}},
     {"cpus_per_tokeniser": 2},
-    {"wave_shards": 7},
     {"qrels": "q.parquet"},
     {"price_per_hour": 3.5},
     {"storage_options": {"anon": True}},

@@ -76,7 +76,7 @@ def test_ids_with_spaces_are_read_from_lines_with_tabs(tmp_path):
     ("content", "message"),
     [
         (b"q 0 a 1.0\nq 0 b 1\n", "line 1: write `query-id 0 doc-id relevance`, a whole number last"),
-        (b"q 0 b\n", "has no judgements"),
+        (b"q 0 b\n", "has no judgements; give qrels with a row a judgement"),
         (b"q 0 a 1\nq 0 b\n", "line 2: write `query-id 0 doc-id relevance`"),
         (b"q 0 a 1\n\nq 0 b one\n", "line 3: write"),
         (b"q 0 a 1\nq 0 b 1.5\n", "line 2: write"),

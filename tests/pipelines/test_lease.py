@@ -77,7 +77,7 @@ def test_a_second_run_is_refused_while_the_first_beats(output, monkeypatch):
     monkeypatch.setattr(lease, "TAKEOVER_SECONDS", 30.0)
     said = []
     with hold(output):
-        message = rf"another run is active .*pid {os.getpid()}.*crossenc status"
+        message = rf"another run is active .*pid {os.getpid()}.*its log"
         with pytest.raises(RunConflictError, match=message), hold(output, say=said.append):
             raise AssertionError("both hold the lease")
         assert last_holder(output).epoch == 1

@@ -431,7 +431,7 @@ def test_killed_again_and_again_while_it_writes_it_ends_with_one_promotion_and_o
 def test_an_unfinished_one_goes_on_as_it_set_out_or_is_given_up(world, monkeypatch):
     world.week(1)
     assert go(world, should_stop=lambda: True).state == "stopped"
-    assert look_at_retraining(str(world.folder / "out"), {}).steps_to_do == ("evaluate", "decide", "promote or refuse")
+    assert look_at_retraining(str(world.folder / "out")).steps_to_do == ("evaluate", "decide", "promote or refuse")
     world.week(2)
     with pytest.raises(RunConflictError, match=r"(?s)option train: was .*epochs.*start over with --new-run"):
         go(world, train={"epochs": 9})
@@ -599,7 +599,7 @@ def test_a_retraining_may_have_everything_in_a_bucket(world, s3_bucket):
     registry.verify(place, version)
     assert version.version == entry.key and "of" in json.loads(read_bytes(model / "quality.json"))
     assert b"Promoted" in read_bytes(outcome.folder / "report.html")
-    assert look_at_retraining(config.output, {}).num_promoted == 1
+    assert look_at_retraining(config.output).num_promoted == 1
     assert retrain(config, connect=no_ray, stream=io.StringIO()).state == "nothing new"
 
 

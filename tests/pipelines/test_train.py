@@ -249,7 +249,7 @@ def test_status_tells_of_a_training_run(undisturbed, capsys):
     assert status_job.run(str(undisturbed)) == 0
     shown = capsys.readouterr().out
     assert "finished" in shown and "after step 12 of 12 steps" in shown
-    assert look_at_training(str(undisturbed), {}).last_step == 12
+    assert look_at_training(str(undisturbed)).last_step == 12
 
 
 def test_checkpoints_are_kept_as_asked(undisturbed):

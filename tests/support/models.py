@@ -4,7 +4,7 @@ import hashlib
 import os
 import signal
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import numpy as np
@@ -24,10 +24,11 @@ NAN, RAISE, KILL, QUIT = "markernan", "markerraise", "markerkill", "markerquit"
 class StumblingModel(FakeModel):
     """A FakeModel that gives NaN, raises, is killed or exits (with 0) on documents with a marker word.
 
-    With `on_load` its scorer cannot be loaded at all. Its scorers write a line to the file `score_log` when they begin
-    and when they end: which, and a digest of the pairs.
+    It takes `seconds_per_pair`. With `on_load` its scorer cannot be loaded at all. Its scorers write a line to the file
+    `score_log` when they begin and when they end: which, and a digest of the pairs.
     """
 
+    seconds_per_pair: float = 0.0
     on_load: Literal["", "raise", "kill"] = ""
     score_log: str = ""
 
@@ -52,7 +53,7 @@ class ImpatientModel(StumblingModel):
         storage.RETRY_SECONDS = self.retry_seconds
 
     def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.seconds_per_pair, self.max_length, self.on_load, self.retry_seconds)
+        return type(self), tuple(getattr(self, field.name) for field in fields(self))
 
 
 @dataclass(frozen=True, slots=True)

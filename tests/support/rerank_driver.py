@@ -155,9 +155,11 @@ def main() -> int:
     parser.add_argument("--die", nargs=2, metavar=("WHEN", "PATTERN"))
     parser.add_argument("--worker-dies", nargs=2, metavar=("WHEN", "MARK"))
     given = parser.parse_args()
-    model = StumblingModel(given.seconds_per_pair, on_load=given.on_load, score_log=given.score_log)
+    model = StumblingModel(seconds_per_pair=given.seconds_per_pair, on_load=given.on_load, score_log=given.score_log)
     if given.retry_seconds is not None:
-        model = ImpatientModel(given.seconds_per_pair, on_load=given.on_load, retry_seconds=given.retry_seconds)
+        model = ImpatientModel(
+            seconds_per_pair=given.seconds_per_pair, on_load=given.on_load, retry_seconds=given.retry_seconds
+        )
     for constant in given.constants:
         name, _, value = constant.partition("=")
         module, _, attribute = name.rpartition(".")
