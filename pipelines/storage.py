@@ -60,13 +60,14 @@ _PERMANENT_CLIENT_ERRORS = (
     "EndpointResolutionError",
     "NoRegionError",
 )
-_SECRET_NAMES = re.compile(r"secret|token|password|key$|credential|sas", re.IGNORECASE)
+_SECRET_NAMES = re.compile(r"secret|token|password|key$|credential|sas|connection_?string|auth", re.IGNORECASE)
 _SECRET_PATTERNS = (
     (re.compile(r"(?<!registry://)(?<=://)[^/@\s]+@"), "***@"),  # registry://name@version holds no secret
     (re.compile(r"(?<=://)[^/@\s:]+:[^@\s]+@"), "***@"),  # a secret key may hold slashes
     (re.compile(r"\b(AKIA|ASIA)[0-9A-Z]{16}\b"), "***"),
     (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), "***"),
     (re.compile(r"(?i)(x-amz-[a-z-]+|token|signature|sig)=[^&\s'\"]+"), r"\1=***"),
+    (re.compile(r"(?i)(AccountKey)=[^;\s]+"), r"\1=***"),  # in Azure's connection strings
     (re.compile(r"(?i)(authorization['\"]?\s*[:=]\s*)[^\r\n]+"), r"\1***"),
 )
 _SECRET_ENV = (
@@ -74,6 +75,7 @@ _SECRET_ENV = (
     "AWS_SESSION_TOKEN",
     "HF_TOKEN",
     "AZURE_STORAGE_KEY",
+    "AZURE_STORAGE_CONNECTION_STRING",
     "RAY_AUTH_TOKEN",
 )
 
@@ -207,11 +209,16 @@ def _secret_values(options: Mapping[str, Any]) -> Iterator[str]:
 
 
 def redact_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Storage options as they may be printed: the values of secret names become ***."""
-    return {
-        name: "***" if _SECRET_NAMES.search(name) else (redact_options(value) if isinstance(value, Mapping) else value)
-        for name, value in options.items()
-    }
+    """Storage options as they may be printed: the values of secret names become ***, others are redacted."""
+    return {name: "***" if _SECRET_NAMES.search(name) else _redacted(value) for name, value in options.items()}
+
+
+def _redacted(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return redact_options(value)
+    if isinstance(value, list | tuple):
+        return [_redacted(item) for item in value]
+    return redact(value) if isinstance(value, str) else value
 
 
 def _filesystem(location: Location, fresh: bool = False) -> AbstractFileSystem:

@@ -186,6 +186,26 @@ def test_values_of_secret_options_are_taken_out_however_deep():
     assert SECRET not in repr(Location("s3://b/k", options))
 
 
+def test_connection_strings_and_credentials_inside_other_options_are_not_shown(monkeypatch):
+    connection = f"DefaultEndpointsProtocol=https;AccountName=me;accountkey={SECRET}==;EndpointSuffix=core"
+    options = {
+        "connection_string": connection,
+        "client_kwargs": {"endpoint_url": f"https://user:{SECRET}@store:9000", "proxy_auth": SECRET},
+        "endpoints": [f"https://user:{SECRET}@store", 9000],
+        "anon": False,
+    }
+    assert redact_options(options) == {
+        "connection_string": "***",
+        "client_kwargs": {"endpoint_url": "https://***@store:9000", "proxy_auth": "***"},
+        "endpoints": ["https://***@store", 9000],
+        "anon": False,
+    }
+    assert redact(f"no account in {connection}", options) == "no account in ***"
+    assert redact(connection) == "DefaultEndpointsProtocol=https;AccountName=me;accountkey=***;EndpointSuffix=core"
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", connection)
+    assert redact(f"no account in {connection}") == "no account in ***"
+
+
 def test_an_error_of_a_store_shows_the_place_and_no_secret(monkeypatch):
     monkeypatch.setattr(storage, "RETRY_SECONDS", 0.0)
     options = {
