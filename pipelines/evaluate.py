@@ -19,7 +19,7 @@ from crossenc.evaluation.significance import paired_comparison
 from crossenc.records import Qrels
 from pipelines.commit import RESULTS_FOLDER
 from pipelines.inputs import first_line, read_footer
-from pipelines.layout import Columns, Finder
+from pipelines.layout import Columns, Finder, check_id
 from pipelines.plan import InputFile, Plan
 from pipelines.rank import first_stage_ranks, stage_columns
 from pipelines.records import MeasureComparison
@@ -75,6 +75,8 @@ def _parquet_qrels(file: FileInfo) -> Iterable[tuple[str, str, int]]:
             f"{file.location} has no column for the relevance (looked for {', '.join(_RELEVANCE_NAMES)}); it has"
             f" {', '.join(schema.names)}"
         )
+    for name in names:
+        check_id(schema, name, str(file.location))
     kind = schema.field(relevance).type
     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
         raise InputError(f"{file.location}: column {relevance!r} is {kind}, but must be a number")
@@ -86,9 +88,9 @@ def _parquet_qrels(file: FileInfo) -> Iterable[tuple[str, str, int]]:
             raise
         raise InputError(f"{file.location} cannot be read ({first_line(error)}); restore the file") from None
     ids = [_as_text(as_binary(table.column(name).combine_chunks())).to_pylist() for name in names]
-    grades = table.column(relevance).cast(pa.float64()).to_pylist()
+    grades = table.column(relevance).to_pylist()
     for row, (query_id, doc_id, grade) in enumerate(zip(*ids, grades, strict=True)):
-        if query_id is None or doc_id is None or grade is None or not grade.is_integer():
+        if query_id is None or doc_id is None or grade is None or not float(grade).is_integer():
             raise InputError(f"{file.location}, row {row}: a judgement needs two ids in UTF-8 and a whole number")
         yield query_id, doc_id, int(grade)
 

@@ -82,6 +82,7 @@ class Judged:
 def find(config: CollectionConfig, options: Mapping[str, Any]) -> Source:
     """Looks up what the collection names. Raises InputError before any work is done."""
     qrels = expand(locate(config.qrels_uri, options), ".parquet")
+    read_qrels(config.qrels_uri, options)  # found malformed now, not after another collection's hours
     tables = tuple(
         find_table(kind, uri, role, config.columns, options)
         for kind, role, uri in zip(("query", "document"), ("query_id", "doc_id"), config.tables or (), strict=False)

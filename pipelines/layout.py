@@ -217,6 +217,17 @@ def _is_rank(kind: pa.DataType) -> bool:
     return bool(pt.is_integer(kind)) and kind != pa.uint64()
 
 
+def check_id(schema: pa.Schema, name: str, file: str) -> None:
+    """Raises InputError unless the ids in column `name` are text or integers, dictionary-coded or not."""
+    kind = schema.field(name).type
+    values = kind.value_type if pt.is_dictionary(kind) else kind
+    if not is_text(values) and not pt.is_integer(values):
+        raise InputError(
+            f"{file}: column {name!r} is {kind}, but ids must be text or integers; cast it first (pandas turns"
+            " integers beside an empty cell into floats: use its Int64)"
+        )
+
+
 def check_schema(schema: pa.Schema, file: str) -> None:
     """Raises InputError for a schema that is ambiguous or unsafe to read."""
     twice = [name for name in set(schema.names) if schema.names.count(name) > 1]

@@ -17,6 +17,7 @@ from pipelines import agreement, execute, finish, lease, ledger, logs, metrics, 
 from pipelines import plan as plans
 from pipelines.commit import RESULTS_FOLDER, SCORED_FOLDER, CommitSettings
 from pipelines.config import RerankConfig
+from pipelines.evaluate import read_qrels
 from pipelines.inputs import list_candidates, scan
 from pipelines.model import Model, choose, from_config, registered_part
 from pipelines.plan import RUN_FOLDER, Plan
@@ -77,11 +78,10 @@ def resolve(config: RerankConfig, model: Model | None = None, *, new_run: bool =
     if config.queries and config.corpus:
         queries = find_table("query", config.queries, "query_id", config.columns, config.storage_options)
         corpus = find_table("document", config.corpus, "doc_id", config.columns, config.storage_options)
-    fitted_on = []
-    if config.interpolate and config.interpolate.fit:
-        fitted_on = expand(locate(config.interpolate.fit, config.storage_options), ".parquet")
-    if config.qrels:
-        expand(locate(config.qrels, config.storage_options), ".parquet")  # found missing now, not after the night
+    fit = config.interpolate.fit if config.interpolate else None
+    fitted_on = expand(locate(fit, config.storage_options), ".parquet") if fit else []
+    for judgements in filter(None, (fit, config.qrels)):
+        read_qrels(judgements, config.storage_options)  # found missing or malformed now, not after the night
     note, registered = "", {}
     if model is None:
         config, note = _with_version(config, output, new_run)

@@ -100,6 +100,13 @@ def test_parquet_judgements_are_read_under_the_usual_names(tmp_path):
     assert read_qrels(str(tmp_path / "a.parquet"), {}) == {"1": {"a": 1}, str(2**53 + 1): {"b": 0}}
 
 
+def test_ids_of_categories_and_grades_beyond_what_a_float_holds_are_read_as_they_are(tmp_path):
+    queries, documents = (pa.array(ids).dictionary_encode() for ids in ([7, 7], ["a", "b"]))
+    table = pa.table({"query_id": queries, "doc_id": documents, "relevance": [2**53 + 1, 0]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert read_qrels(str(tmp_path / "a.parquet"), {}) == {"7": {"a": 2**53 + 1, "b": 0}}
+
+
 def test_a_folder_of_judgements_is_read_whole(tmp_path):
     for name, query in (("a", "q1"), ("b", "q2")):
         table = pa.table({"query_id": [query], "doc_id": ["d"], "relevance": [True]})
@@ -120,6 +127,8 @@ def test_a_folder_of_judgements_is_read_whole(tmp_path):
         ),
         ({"query_id": ["q"], "doc_id": ["d"], "points": [1]}, "no column for the relevance .*query_id, doc_id, points"),
         ({"query": ["q"], "doc_id": ["d"], "relevance": [1]}, "no column for query_id"),
+        ({"query_id": [1.0, None], "doc_id": ["d", "e"], "relevance": [1, 1]}, "column 'query_id' is double, but ids"),
+        ({"query_id": ["q"], "doc_id": [[1]], "relevance": [1]}, "column 'doc_id' is list<.*, but ids must be text"),
     ],
 )
 def test_parquet_judgements_that_cannot_be_understood_are_named_by_file_and_row(tmp_path, columns, message):

@@ -42,6 +42,12 @@ def judged(collection: Collection, layout: str = "ids", **settings) -> Judged:
     return read(find(CollectionConfig(**settings), {}))
 
 
+def test_malformed_judgements_are_named_when_a_collection_is_looked_up(collection):
+    config = CollectionConfig(name="made-up", qrels=qrels_file(collection, "q 0 d high"), **collection.write("ids"))
+    with pytest.raises(InputError, match=r"qrels\.txt, line 17: write"):
+        find(config, {})
+
+
 def beir(collection: Collection) -> dict[str, str]:
     """The collection as a BEIR folder, with the first stage as a TREC run."""
     folder = collection.folder / "beir"
