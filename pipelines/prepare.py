@@ -230,11 +230,13 @@ def _concat(parts: list[pa.Table], schema: pa.Schema) -> pa.Table:
 def pass_through_fields(file_schema: pa.Schema, columns: Columns) -> tuple[pa.Field, ...]:
     """The pass-through columns as fields of the rows between stages, named `pass:<column>`.
 
-    A list column of the nested layout holds one value per document, so its items are passed.
+    A list column of the nested layout holds one value per document, so its items are passed. Dictionary-coded columns
+    pass their values: dictionaries of several files may not fit the few bits of one file's indices.
     """
     fields = []
     for name in columns.pass_through:
         kind = file_schema.field(name).type
-        per_document = columns.layout == "nested" and is_list(kind)
-        fields.append(pa.field(f"pass:{name}", kind.value_type if per_document else kind))
+        if columns.layout == "nested" and is_list(kind):
+            kind = kind.value_type
+        fields.append(pa.field(f"pass:{name}", kind.value_type if pa.types.is_dictionary(kind) else kind))
     return tuple(fields)

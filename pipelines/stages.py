@@ -24,6 +24,7 @@ from crossenc.errors import CheckpointError, CrossEncError, InputError, RunConfl
 from crossenc.records import Scorer, TokenizedPairs
 from pipelines.commit import CommitSettings, commit_bucket, commit_shard
 from pipelines.control import GIVE_UP_LOADING_AFTER_DEATHS
+from pipelines.inputs import first_line
 from pipelines.isolation import Outcome, is_broken, score_halving, score_isolated
 from pipelines.logs import NAMED_REFUSALS, Logs, note
 from pipelines.logs import begin as begin_logs
@@ -136,7 +137,7 @@ class _Read:
                 tokenizer = _tokenizer(self.context.ref.hex(), self.context)
                 prepared = prepare(self.item, context.inputs[self.item.file], context.read, tokenizer)
                 rows, read, tokenise = prepared.rows, prepared.read_seconds, prepared.tokenise_seconds
-        except (CrossEncError, OSError) as error:
+        except (CrossEncError, OSError, pa.ArrowException) as error:
             return [_failure(shard_id, "read", error)]
         seconds = round(read + tokenise, 3)
         note(logger, "read", stage="read", shard=shard_id, num_candidates=rows.num_rows, seconds=seconds)
@@ -156,6 +157,11 @@ def _row(shard_id: str, kind: Kind, **values: Any) -> pa.Table:
 
 
 def _failure(shard_id: str, stage: str, error: BaseException) -> pa.Table:
+    if isinstance(error, pa.ArrowException) and not isinstance(error, MemoryError):
+        error = CrossEncError(
+            f"Arrow could not {stage} the rows of {shard_id} ({type(error).__name__}: {first_line(error)}); write the"
+            " column that it is about with a plain type, or leave it out of pass_through"
+        )
     message = failure_message(error)
     note(logger, message.partition("\n")[2], logging.ERROR, stage=stage, shard=shard_id)
     return _row(shard_id, "failure", message=message)
@@ -291,7 +297,7 @@ class Commit:
         if row["kind"] == "rows":
             try:
                 row |= {"message": RECORD.dump_json(self._commit(row, batch)).decode()}
-            except (CrossEncError, OSError) as error:
+            except (CrossEncError, OSError, pa.ArrowException) as error:
                 row = _failure(row["shard_id"], "write", error).drop_columns(["payload"]).to_pylist()[0]
         return pa.table({name: [row[name]] for name in ("shard_id", "kind", "message")})
 

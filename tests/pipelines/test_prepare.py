@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -148,10 +149,27 @@ def test_token_types_and_truncation_stand_beside_their_tokens(tmp_path):
     assert prepared(config, tmp_path).column("token_type_ids").null_count == 3
 
 
+def test_categories_of_more_kinds_than_one_byte_counts_are_passed_through_as_their_values(tmp_path):
+    kinds = [f"kind {i}" for i in range(200)]
+    table = as_pairs(_queries([100, 100]))
+    halves = [table[i : i + 100].append_column("kind", _categories(kinds[i : i + 100])) for i in (0, 100)]
+    with pq.ParquetWriter(tmp_path / "c.parquet", halves[0].schema) as file:
+        for half in halves:
+            file.write_table(half)
+    rows = prepared(job(str(tmp_path / "c.parquet"), pass_through=("kind",)), tmp_path)
+    assert rows.column("pass:kind").to_pylist() == kinds and rows.schema.field("pass:kind").type == pa.string()
+
+
+def _categories(values: list[str]) -> pa.Array:
+    """As pandas writes its categories."""
+    encoded = pa.array(values).dictionary_encode()
+    return pa.DictionaryArray.from_arrays(encoded.indices.cast(pa.int8()), encoded.dictionary)
+
+
 def test_columns_are_passed_through_with_their_types(tmp_path):
     queries = _queries([2, 1])
     own = {
-        "lang": pa.array(["en", "en", "ru"]).dictionary_encode(),
+        "lang": pa.array(["en", "en", "ru"]),
         "big": pa.array([2**64 - 1, None, 0], pa.uint64()),
         "tags": pa.array([["a"], [], None]),
         "text_view": pa.array(["x", "y", None], pa.string_view()),
