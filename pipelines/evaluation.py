@@ -158,7 +158,7 @@ def evaluate(
 
     lost: list[str] = []
     run = logs.about(metrics.run_tag(fingerprint), job.config.storage_options)
-    with run, lease.hold(job.output, dict, lost.append, say):
+    with run, lease.hold(job.output, dict, lost.append, say) as epoch:
         delete([job.output / SUCCESS_FILE])
         if new_run:
             _remove(job.output)
@@ -170,6 +170,8 @@ def evaluate(
                 message = lost[0] if lost else f"stopped; run the same command again to resume {job.output}"
                 return Outcome("stopped", job.output, message)
             judgements.append(judgement)
+        if message := lost[0] if lost else lease.overtaken(job.output, epoch):
+            return Outcome("stopped", job.output, message)
         say("comparing …")
         found = write(job.output, job.config, judgements, job.parts)
         put(job.output / SUCCESS_FILE, b"")

@@ -56,9 +56,12 @@ class FinishedRun:
     agreement: Agreement | None = None
 
 
-def finish(run: FinishedRun, say: Callable[[str], None]) -> ShardCounts:
+def finish(
+    run: FinishedRun, say: Callable[[str], None], is_lost: Callable[[], bool] = lambda: False
+) -> ShardCounts | None:
     """Reconciles, writes manifest, report and mark, and returns the counts of the whole run.
 
+    Returns None, with nothing deleted and without the mark, where `is_lost()` says that the output is another run's.
     Raises CrossEncError where the counts do not add up, RunConflictError where what is stored is not what was made.
     """
     counts = _reconcile(run)
@@ -68,15 +71,21 @@ def finish(run: FinishedRun, say: Callable[[str], None]) -> ShardCounts:
     if changed:
         raise RunConflictError(f"{run.output / changed} was removed or changed meanwhile; run the same command again")
     summary = _summarise(run, counts, say)
-    manifest = _manifest(run, summary)
+    manifest, page = _manifest(run, summary), report.render(summary).encode()
+    if is_lost():
+        return None
     stored = _read_manifest(put_new(run.output / MANIFEST_FILE, json.dumps(manifest, indent=1).encode()), run.output)
     if (stored["fingerprint"], stored["parts"]) != (manifest["fingerprint"], manifest["parts"]):
         raise RunConflictError(
             f"{run.output / MANIFEST_FILE} lists other parts than are stored now; delete it and run the same command"
             " again, or start over with --new-run"
         )
+    if is_lost():
+        return None
     _remove_orphans(run)
-    put(run.output / REPORT_FILE, report.render(summary).encode())
+    put(run.output / REPORT_FILE, page)
+    if is_lost():
+        return None
     put(run.output / SUCCESS_FILE, b"")
     return counts
 

@@ -85,7 +85,7 @@ def hold(
                     lease.write("running", progress())
                 else:
                     stopped.set()
-                    on_lost(f"the run on {other.host} (pid {other.pid}) took this output over; this one stops")
+                    on_lost(_taken_by(other))
 
     beater = threading.Thread(target=beat, name="lease-heartbeat", daemon=True)
     beater.start()
@@ -99,6 +99,19 @@ def hold(
             # A lease that cannot be released runs out by itself, and another error may be on its way.
             with contextlib.suppress(OSError):
                 lease.write("released", progress())
+
+
+def overtaken(output: Location, epoch: int) -> str:
+    """What to say where another run has taken over from `epoch`, else "".
+
+    It asks storage: a run that ends right after it was frozen has not had its next heartbeat yet.
+    """
+    holder = last_holder(output)
+    return _taken_by(holder) if holder is not None and holder.epoch > epoch else ""
+
+
+def _taken_by(holder: Holder) -> str:
+    return f"the run on {holder.host} (pid {holder.pid}) took this output over; this one stops"
 
 
 class _Lease:

@@ -212,8 +212,7 @@ class _Run:
                 records = self._phase(RESULTS_FOLDER, buckets, plan, journal, weight=weight)
             agreed = self._agreement(plan)
         except _Stopped:
-            message = self._lost or f"stopped; run the same command again to resume {output}"
-            return Outcome("stopped", output, message)
+            return self._stopped()
         finally:
             with contextlib.suppress(OSError):  # the journal is a convenience, and another error may be on its way
                 journal.flush()
@@ -229,8 +228,18 @@ class _Run:
             agreement=agreed,
             elapsed_seconds=time.monotonic() - self._started,
         )
-        counts = finish.finish(finished, self.say)
+        counts = finish.finish(finished, self.say, lambda: self._is_lost(epoch))
+        if counts is None:
+            return self._stopped()
         return Outcome("done", output, f"done; see {output / finish.REPORT_FILE}", counts)
+
+    def _is_lost(self, epoch: int) -> bool:
+        self._lost = self._lost or lease.overtaken(self._job.output, epoch)
+        return bool(self._lost)
+
+    def _stopped(self) -> Outcome:
+        output = self._job.output
+        return Outcome("stopped", output, self._lost or f"stopped; run the same command again to resume {output}")
 
     def _agreement(self, plan: Plan) -> Agreement | None:
         """How the run's number format agrees with float32, where it is another one."""

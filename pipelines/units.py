@@ -166,7 +166,7 @@ def run(
     display = UnitProgress(stream)
     lost: list[str] = []
     about = logs.about(metrics.run_tag(plans.fingerprint(job.parts)), job.storage_options)
-    with about, lease.hold(job.output, display.snapshot, lost.append, display.say):
+    with about, lease.hold(job.output, display.snapshot, lost.append, display.say) as epoch:
         if new_run:
             remove_run(job.output)
         plan = plans.load(job.output)  # again: another run may have made one while this one waited for the lease
@@ -187,6 +187,8 @@ def run(
                     display.update(record.counts)
         if len(records) < num_units:
             message = lost[0] if lost else f"stopped; run the same command again to resume {job.output}"
+            return Outcome("stopped", job.output, message)
+        if message := lost[0] if lost else lease.overtaken(job.output, epoch):
             return Outcome("stopped", job.output, message)
         return _finish(job, plan, records, time.monotonic() - started)
 

@@ -11,7 +11,7 @@ import pytest
 
 from crossenc.errors import ConfigError, InputError, RunConflictError
 from crossenc.evaluation.gate import Gate, decide
-from pipelines import rankings
+from pipelines import evaluation, lease, rankings
 from pipelines.evaluation import Outcome, evaluate, resolve
 from pipelines.evaluation_config import EvaluateConfig
 from pipelines.evaluation_output import load
@@ -150,6 +150,19 @@ def test_a_ranking_that_lacks_candidates_is_judged_but_not_by_depths(collection,
     system = found.collections[0].system("a")
     assert system.depths == () and system.num_without_ranking == 1
     assert "76 of 120 candidates are not in this ranking" in system.notes
+
+
+def test_an_evaluation_that_was_overtaken_writes_nothing(collection, tmp_path, monkeypatch):
+    folder, judge = tmp_path / "out" / lease.LEASE_FOLDER, evaluation._judge
+
+    def overtaken(*arguments):
+        (folder / "epoch-000002.json").write_bytes((folder / "epoch-000001.json").read_bytes())
+        return judge(*arguments)
+
+    monkeypatch.setattr(evaluation, "_judge", overtaken)
+    outcome = run(reading(collection, tmp_path))
+    assert outcome.state == "stopped" and "took this output over" in outcome.message
+    assert not (tmp_path / "out" / "evaluation.json").exists() and not (tmp_path / "out" / "_SUCCESS").exists()
 
 
 def test_several_collections_have_their_own_rankings(collection, tmp_path):

@@ -210,6 +210,19 @@ def test_a_run_killed_while_finishing_is_finished_by_the_next_attempt(
     assert confirm(output).state == "already done"
 
 
+def test_a_run_that_was_overtaken_deletes_nothing_and_leaves_no_mark(output, tmp_path, records):
+    foreign = tmp_path / "quarantine" / "part-of-the-other-run.parquet"
+    foreign.write_bytes(b"")
+    assert finish(finished_run(output, records), say, lambda: True) is None
+    assert foreign.exists() and not {"_manifest.json", "report.html", "_SUCCESS"} & files(tmp_path)
+    answers = [True, False]  # after the manifest
+    assert finish(finished_run(output, records), say, lambda: answers.pop()) is None
+    assert foreign.exists() and "_manifest.json" in files(tmp_path) and "report.html" not in files(tmp_path)
+    answers = [True, False, False]  # before the mark
+    assert finish(finished_run(output, records), say, lambda: answers.pop()) is None
+    assert "report.html" in files(tmp_path) and "_SUCCESS" not in files(tmp_path)
+
+
 def test_the_first_manifest_stays(output, tmp_path, records):
     finish(finished_run(output, records), say)
     first = (tmp_path / "_manifest.json").read_bytes()

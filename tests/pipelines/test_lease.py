@@ -158,6 +158,17 @@ def test_a_heartbeat_that_cannot_be_read_counts_as_standing_still(output, body):
         assert epoch == 2
 
 
+def test_a_run_that_was_frozen_learns_that_it_lost_before_its_next_heartbeat(output, monkeypatch):
+    monkeypatch.setattr(lease, "HEARTBEAT_SECONDS", 60.0)
+    with hold(output) as epoch:
+        assert lease.overtaken(output, epoch) == ""
+        folder = Path(output.path) / lease.LEASE_FOLDER
+        other = json.loads((folder / "epoch-000001.json").read_text()) | {"machine": "elsewhere/0/0", "pid": 7}
+        (folder / "epoch-000002.json").write_text(json.dumps(other))
+        message = "the run on elsewhere (pid 7) took this output over; this one stops"
+        assert lease.overtaken(output, epoch) == message
+
+
 def test_a_zombie_learns_that_it_lost_and_does_not_release_what_is_not_its_own(output):
     lost = []
     with hold(output, on_lost=lost.append):

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from crossenc.errors import InputError, RunConflictError
-from pipelines import logs
+from pipelines import lease, logs
 from pipelines.config import RerankConfig
 from pipelines.mine import Outcome, mine
 from pipelines.mine_config import MineConfig
@@ -340,6 +340,19 @@ def test_others_come_from_other_queries_and_are_counted_apart(collection, tmp_pa
     own = set(zip(collection.pairs.query_id, collection.pairs.doc_id, strict=True))
     rows = [(row["query_id"], row["doc_id"]) for row in read(tmp_path / "out") if not row["label"]]
     assert len(set(rows)) == len(rows) == 75 and sum(row not in own for row in rows) == 30
+
+
+def test_a_run_that_was_overtaken_does_not_finish(collection, tmp_path):
+    folder = tmp_path / "out" / lease.LEASE_FOLDER
+
+    def overtaken() -> bool:
+        (folder / "epoch-000002.json").write_bytes((folder / "epoch-000001.json").read_bytes())
+        return False
+
+    settings = {"qrels": write_qrels(collection), **collection.write("pairs")}
+    outcome = run(tmp_path / "out", should_stop=overtaken, **settings)
+    assert outcome.state == "stopped" and "took this output over" in outcome.message
+    assert not (tmp_path / "out" / "_manifest.json").exists()
 
 
 def test_a_finished_run_is_left_alone_and_says_so(collection, tmp_path):
