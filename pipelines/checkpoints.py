@@ -7,6 +7,7 @@ Tensors are safetensors, the record is JSON; nothing is pickled. Knows storage a
 """
 
 import hashlib
+import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +18,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from crossenc.errors import RunConflictError, StorageError
 from pipelines.plan import RUN_FOLDER
-from pipelines.storage import Location, delete, list_files, put, put_new, read_bytes
+from pipelines.storage import Location, delete, exists, list_files, put, put_new, read_bytes
 from pipelines.stored_files import StoredFile
 
 if TYPE_CHECKING:
@@ -103,6 +104,10 @@ def store(
         path = f"{folder}/{name}.safetensors"
         put(output / path, body)
         stored[name] = StoredFile(path, len(body), hashlib.sha256(body).hexdigest())
+    if not all(exists(output / file.path) for file in stored.values()):
+        raise RunConflictError(
+            f"{output / folder} was removed meanwhile: another run is ahead on this output; let it end"
+        )
     record = replace(checkpoint, weights=stored["weights"], optimizer=stored["optimizer"])
     place = _place(output, checkpoint.step)
     found = _parse(put_new(place, _RECORD.dump_json(record)), place, checkpoint.fingerprint)
@@ -152,12 +157,13 @@ def best(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
 def prune(output: Location, fingerprint: str, num_newest: int) -> None:
     """Deletes all checkpoints but the newest ones and the best: a record first, then its files.
 
-    Files that no record names, which a kill left behind, go as well.
+    Files that no record names, which a kill left behind, go as well, once their step is behind the newest ones': those
+    of later steps may be another attempt's, which is about to record them.
     """
     checkpoints = read_all(output, fingerprint)
-    kept = {checkpoint.step for checkpoint in checkpoints[-num_newest:]}
+    newest = [checkpoint.step for checkpoint in checkpoints[-num_newest:]]
     chosen = best(checkpoints)
-    kept |= {chosen.step} if chosen else set()
+    kept = {*newest, *([chosen.step] if chosen else [])}
     delete([_place(output, checkpoint.step) for checkpoint in checkpoints if checkpoint.step not in kept])
     named = {
         (output / file.path).uri
@@ -166,7 +172,8 @@ def prune(output: Location, fingerprint: str, num_newest: int) -> None:
         for file in (checkpoint.weights, checkpoint.optimizer)
     }
     files = [file.location for file in list_files(output / CHECKPOINT_FOLDER)]
-    delete([place for place in files if not _is_record(place) and place.uri not in named])
+    unnamed = [place for place in files if not _is_record(place) and place.uri not in named]
+    delete([place for place in unnamed if _step(place.below(output / CHECKPOINT_FOLDER)) < min(newest, default=0)])
 
 
 class CheckpointWriter:
@@ -212,6 +219,12 @@ def _name(step: int) -> str:
 
 def _place(output: Location, step: int) -> Location:
     return output / f"{CHECKPOINT_FOLDER}/{_name(step)}.json"
+
+
+def _step(path: str) -> int:
+    """The step of a file below the folder of checkpoints, also of a half-written one."""
+    found = re.match(r"\.?step-(\d+)", path)
+    return int(found[1]) if found else 0
 
 
 def _is_record(place: Location) -> bool:

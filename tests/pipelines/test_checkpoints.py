@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from crossenc.errors import RunConflictError
 from pipelines import checkpoints
 from pipelines.checkpoints import Checkpoint, LogPoint
-from pipelines.storage import locate, read_bytes
+from pipelines.storage import delete, list_files, locate, put, read_bytes
 
 
 @pytest.fixture
@@ -24,6 +25,38 @@ def at(step: int, **more) -> Checkpoint:
 def stored_and_read(output, checkpoint: Checkpoint) -> Checkpoint:
     checkpoints.store(output, checkpoint, {"weight": torch.ones(1)}, {})
     return checkpoints.read_all(output, "run")[-1]
+
+
+def tensor_files(output) -> list[str]:
+    folder = output / "checkpoints"
+    return [file.location.below(folder) for file in list_files(folder) if file.location.name.endswith("safetensors")]
+
+
+def test_only_the_newest_and_the_best_are_kept_and_nothing_of_an_attempt_that_is_ahead(output):
+    for step, value in ((1, 0.9), (2, 0.1), (3, 0.2), (4, 0.3)):
+        checkpoints.store(output, at(step, value=value), {"weight": torch.ones(1)}, {})
+    for place in ("step-00000002-killed", "step-00000004-slower", "step-00000005-ahead"):  # nothing records them yet
+        put(output / f"checkpoints/{place}/weights.safetensors", b"x")
+    checkpoints.prune(output, "run", num_newest=2)
+    assert [found.step for found in checkpoints.read_all(output, "run")] == [1, 3, 4]
+    recorded = {file.path for found in checkpoints.read_all(output) for file in (found.weights, found.optimizer)}
+    unrecorded = {f"checkpoints/{file}" for file in tensor_files(output)} - recorded
+    assert sorted(unrecorded) == [
+        "checkpoints/step-00000004-slower/weights.safetensors",
+        "checkpoints/step-00000005-ahead/weights.safetensors",
+    ]
+    assert len(tensor_files(output)) == 2 * 3 + 2
+
+
+def test_no_record_is_stored_for_tensors_that_another_attempt_removed(output, monkeypatch):
+    def stored_and_removed(place, body) -> None:
+        put(place, body)
+        delete([place])
+
+    monkeypatch.setattr(checkpoints, "put", stored_and_removed)
+    with pytest.raises(RunConflictError, match="was removed meanwhile: another run is ahead"):
+        checkpoints.store(output, at(3), {"weight": torch.ones(1)}, {})
+    assert checkpoints.read_all(output) == []
 
 
 def test_a_loss_scaler_goes_on_from_what_the_record_says_of_it(output):
