@@ -274,6 +274,7 @@ def _manifest(run: FinishedRun, summary: RunSummary) -> dict[str, object]:
         }
         for _, record in sorted(run.records.items())
     ]
+    rates = report.rates(summary)
     seconds = max(sum(asdict(summary.seconds).values()), 1e-9)
     return {
         "format": FORMAT,
@@ -285,10 +286,10 @@ def _manifest(run: FinishedRun, summary: RunSummary) -> dict[str, object]:
         "interpolation": summary.interpolation,
         "agreement_with_float32": None if summary.agreement is None else asdict(summary.agreement),
         "elapsed_seconds": round(summary.elapsed_seconds, 3),
-        "pairs_per_second": round(summary.counts.num_scored / max(summary.elapsed_seconds, 1e-9), 3),
+        "pairs_per_second": round(rates[0], 3) if rates else None,
         "time_share": {name: round(value / seconds, 4) for name, value in asdict(summary.seconds).items()},
         "padding_share": round(1 - summary.counts.num_tokens / max(summary.counts.num_padded_tokens, 1), 4),
-        "cost": summary.cost,
+        "cost_of_last_process": summary.cost,
         "evaluation": [_without_nan(asdict(comparison)) for comparison in summary.evaluation],
         "evaluation_note": summary.evaluation_note,
         "versions": dict(summary.versions),

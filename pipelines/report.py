@@ -37,7 +37,7 @@ def render(summary: RunSummary) -> str:
     return load_template("report.html.jinja").render(
         summary=summary,
         counts=summary.counts,
-        rates=_rates(summary),
+        rates=rates(summary),
         num_refused=sum(summary.counts.refused.values()),
         refused=sorted(summary.counts.refused.items(), key=lambda item: (-item[1], item[0])),
         tracks=_tracks(summary.evaluation),
@@ -68,7 +68,7 @@ def sentence(comparison: MeasureComparison) -> str:
     return f"{display_name(c.measure)} {change}{interval}, {queries}{tested}: {verdict(c)}"
 
 
-def _rates(summary: RunSummary) -> tuple[float, float] | None:
+def rates(summary: RunSummary) -> tuple[float, float] | None:
     """Pairs and tokens per second of this process, or None when no timing is known.
 
     A resumed run's shards may be older than the process, so only those that finished within its time count.
@@ -152,8 +152,8 @@ def _throughput_figure(summary: RunSummary) -> Markup:
         if end - start >= 3 * size or size == 1
     )
     figure, axes = new_axes(FULL_INCHES, x_label=f"{unit_name} since the start", y_label="pairs per second")
-    rates = in_bin / np.diff(edges)
-    axes.stairs(rates, edges / seconds_per_unit, fill=True, color=SERIES, alpha=0.25, linewidth=0)
-    axes.stairs(rates, edges / seconds_per_unit, baseline=None, color=SERIES, linewidth=1.5)
+    per_second = in_bin / np.diff(edges)
+    axes.stairs(per_second, edges / seconds_per_unit, fill=True, color=SERIES, alpha=0.25, linewidth=0)
+    axes.stairs(per_second, edges / seconds_per_unit, baseline=None, color=SERIES, linewidth=1.5)
     axes.set_xlim(0, edges[-1] / seconds_per_unit)
     return to_svg(figure, "Pairs per second over time")

@@ -106,7 +106,7 @@ def test_a_finished_run_has_a_manifest_a_report_and_the_mark(output, tmp_path, r
     assert body["counts"]["num_scored"] == 4
     assert body["depends_on"] == {"model m": "abc"}
     assert body["skipped_files"] == [["file:///in/bad", "damaged"]]
-    assert (body["cost"], body["elapsed_seconds"]) == (1.0, 1800.0)
+    assert (body["cost_of_last_process"], body["elapsed_seconds"]) == (1.0, 1800.0)
     assert body["padding_share"] == 0.25
     assert body["time_share"]["score"] > 0.5
 
@@ -120,6 +120,13 @@ def test_the_manifest_lists_every_part_with_its_true_digest(output, tmp_path, re
         assert (part["bytes"], part["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
         assert part["rows"] == pq.read_table(tmp_path / part["path"]).num_rows == 2
         assert all((tmp_path / side).exists() for side in part["sides"])
+
+
+def test_the_rate_in_the_manifest_leaves_out_what_an_earlier_process_did(output, tmp_path, records):
+    first, second = records.items()
+    earlier = (first[0], replace(first[1], finished_at=second[1].finished_at - 9000))
+    finish(finished_run(output, dict([earlier, second]), elapsed_seconds=10.0), say)
+    assert manifest(tmp_path)["pairs_per_second"] == 0.2  # 2 pairs in 10 s
 
 
 def test_parts_of_an_earlier_driver_are_listed_with_their_true_digests(output, tmp_path, records):
