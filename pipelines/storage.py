@@ -15,9 +15,10 @@ import re
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from glob import has_magic
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -160,11 +161,28 @@ def locate(uri: str, options: Mapping[str, Any] | None = None) -> Location:
 
 def check_apart(output: Location, inputs: Iterable[str | None]) -> None:
     """Raises ConfigError where a job's output and one of its inputs (None is none) lie inside each other."""
-    own = output.uri.rstrip("/") + "/"
-    for uri in inputs:
-        place = locate(uri, output.options).uri.rstrip("/") + "/" if uri else ""
-        if uri and (own.startswith(place) or place.startswith(own)):
-            raise ConfigError(f"output {output} and input {place[:-1]} lie inside each other; choose another output")
+    own = output.uri.rstrip("/").split("/")
+    for uri in filter(None, inputs):
+        place = locate(uri, output.options).uri.rstrip("/")
+        if _meet(place.split("/"), own):
+            raise ConfigError(f"output {output} and input {place} lie inside each other; choose another output")
+
+
+def _meet(pattern: Sequence[str], folder: Sequence[str]) -> bool:
+    """Whether a path, which may be a glob, can name `folder`, something in it or something that it is in."""
+    if not pattern or not folder:
+        return True
+    if pattern[0] == folder[0]:
+        return _meet(pattern[1:], folder[1:])
+    is_matched = has_magic(pattern[0]) and not _is_hidden(folder[0])
+    if "**" in pattern[0]:
+        return _meet(pattern[1:], folder) or (is_matched and _meet(pattern, folder[1:]))
+    return is_matched and fnmatchcase(folder[0], pattern[0]) and _meet(pattern[1:], folder[1:])
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether a file or folder is metadata of other tools, or of a run."""
+    return name.startswith(("_", "."))
 
 
 def _check_endpoint(options: Mapping[str, Any]) -> None:
@@ -359,8 +377,8 @@ def expand(location: Location, suffix: str | tuple[str, ...]) -> list[FileInfo]:
     """The data files that `location` names: itself, the files of a folder, or the matches of a glob.
 
     A file that is named whole, or matched whole by a glob, is taken whatever its suffix. In folders only names ending
-    in `suffix`, or in one of several, count. Names starting with "_" or "." are metadata of other tools, in folders
-    and for globs.
+    in `suffix`, or in one of several, count. Names starting with "_" or "." are metadata of other tools: files and
+    folders of such names are left out in a folder, and in the one that a glob searches.
     Raises InputError when nothing is there.
     """
     single = info(location)
@@ -374,12 +392,13 @@ def expand(location: Location, suffix: str | tuple[str, ...]) -> list[FileInfo]:
 
 
 def _matches(pattern: Location, suffix: str | tuple[str, ...]) -> list[FileInfo]:
+    searched = "/".join(itertools.takewhile(lambda part: not has_magic(part), pattern.path.split("/")))
     details = _retrying(lambda fs: fs.glob(pattern.path, detail=True), pattern, "list")
     found: dict[str, FileInfo] = {}  # a glob with ** matches a folder and again what is in it
     for path, detail in sorted(details.items()):
         root = "/" if pattern.scheme == "file" else ""
         place = Location(f"{pattern.scheme}://{root}{path.lstrip('/')}", pattern.options)
-        if place.name[:1] in ("_", "."):
+        if any(map(_is_hidden, place.path[len(searched) :].split("/"))):
             continue
         entry = _listed(place, detail)
         for file in [entry] if entry is not None else _files_in(place, suffix):
@@ -392,8 +411,7 @@ def _files_in(folder: Location, suffix: str | tuple[str, ...]) -> list[FileInfo]
     return [
         entry
         for entry in list_files(folder)
-        if entry.location.name.endswith(suffix)
-        and not any(part[:1] in ("_", ".") for part in entry.location.path[root:].split("/"))
+        if entry.location.name.endswith(suffix) and not any(map(_is_hidden, entry.location.path[root:].split("/")))
     ]
 
 

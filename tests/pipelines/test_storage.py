@@ -1,5 +1,6 @@
 """Places are checked, writes are whole or absent, and a store's faults end in our bytes or in a clear error."""
 
+import contextlib
 import errno
 import os
 import threading
@@ -12,11 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from crossenc.errors import InputError, StorageError
+from crossenc.errors import ConfigError, InputError, StorageError
 from pipelines import storage
 from pipelines.storage import (
     FileInfo,
     Location,
+    check_apart,
     delete,
     exists,
     expand,
@@ -340,6 +342,33 @@ def _touch(folder, *names):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"x")
+
+
+def test_a_glob_leaves_out_what_lies_in_folders_of_metadata(tmp_path):
+    _touch(tmp_path, "_in/a.parquet", "_in/b/c.parquet", "_in/_delta_log/d.parquet", "_in/b/.x/y/e.parquet")
+    assert _names(expand(locate(f"{tmp_path}/_in/**/*.parquet"), ".parquet")) == ["a.parquet", "c.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("uri", "output", "are_apart"),
+    [
+        ("s3://b/data/**/*.parquet", "s3://b/data/out", False),
+        ("s3://b/data/**/*.parquet", "s3://b/data/_out", True),
+        ("s3://b/data/**/*.parquet", "s3://b/out", True),
+        ("s3://b/data/*", "s3://b/data/out", False),
+        ("s3://b/data/*", "s3://b/data/out/x", False),
+        ("s3://b/data/*/results", "s3://b/data/out", False),
+        ("s3://b/data/*.parquet", "s3://b/data/out", True),
+        ("s3://b/data/day-*", "s3://b/data/out", True),
+        ("s3://b/data/in/*.parquet", "s3://b/data", False),
+        ("s3://b/data[1]/x", "s3://b/data[1]/x/out", False),
+        ("s3://b/data", "s3://b/data/out", False),
+        ("s3://b/data", "s3://b/data-out", True),
+    ],
+)
+def test_an_output_that_an_input_could_name_is_refused(uri, output, are_apart):
+    with contextlib.nullcontext() if are_apart else pytest.raises(ConfigError, match="lie inside each other"):
+        check_apart(locate(output), [None, uri])
 
 
 def test_a_folder_names_its_data_files_and_not_the_metadata_of_tools(tmp_path):
