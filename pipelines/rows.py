@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 from pipelines.layout import Columns, is_list
 from pipelines.texts import Text, TextStore, as_binary, distinct_texts, id_bytes
 
+#: Of larger first-stage scores the range could be no finite number, and then they cannot be normalised.
+_LARGEST_SCORE = 1e300
+
 
 @dataclass(frozen=True, slots=True)
 class RawRows:
@@ -171,7 +174,8 @@ def check(
                 reasons[i], details[i] = reason, detail or None
     if needs_score:
         scores = raw.score.cast(pa.float64(), safe=False) if raw.score is not None else pa.nulls(num_rows, pa.float64())
-        for i in np.flatnonzero(~pc.fill_null(pc.is_finite(scores), False).to_numpy(zero_copy_only=False)).tolist():
+        is_usable = pc.fill_null(pc.less_equal(pc.abs(scores), _LARGEST_SCORE), False)  # false for NaN, too
+        for i in np.flatnonzero(~is_usable.to_numpy(zero_copy_only=False)).tolist():
             reasons[i] = reasons[i] or "first_stage_score_missing"
     return CheckedRows(
         raw, query_ids, doc_ids, [text for text, _ in query_texts], [text for text, _ in documents], reasons, details

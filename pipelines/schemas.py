@@ -32,7 +32,7 @@ REASONS: Mapping[str, str] = {
     "document_ambiguous": "the corpus table has two texts for the document id",
     "list_empty": "the nested row has no documents",
     "list_length_mismatch": "the lists of a nested row have different lengths",
-    "first_stage_score_missing": "interpolation needs a finite first-stage score and this candidate has none",
+    "first_stage_score_missing": "interpolation needs a first-stage score of at most 1e300 and this candidate has none",
     "duplicate_document": "the query has this document more than once; the best first-stage rank is kept",
     "score_not_finite": "the model gave NaN or infinity",
     "scoring_error": "the model raised an error on this candidate alone",

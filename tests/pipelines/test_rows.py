@@ -309,8 +309,8 @@ def test_the_first_reason_counts():
     assert _check(_one(**wrong), needs_score=True).reasons == [None]
 
 
-@pytest.mark.parametrize("score", [None, math.nan, math.inf, -math.inf])
-def test_interpolation_needs_a_finite_first_stage_score_and_scoring_does_not(score):
+@pytest.mark.parametrize("score", [None, math.nan, math.inf, -math.inf, 1.7e308, -1.7e308])
+def test_interpolation_needs_a_finite_first_stage_score_that_can_be_normalised_and_scoring_does_not(score):
     assert _check(_one(score=score), needs_score=True).reasons == ["first_stage_score_missing"]
     assert _check(_one(score=score)).reasons == [None]
 
