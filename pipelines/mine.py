@@ -42,7 +42,17 @@ def resolve(config: MineConfig) -> MineJob:
     """Looks everything up that the job names. Raises InputError before any work is done."""
     options = config.storage_options
     output = locate(config.output, options)
-    check_apart(output, [*config.candidate_uris, config.reranked, config.queries, config.corpus, *config.qrels_uris])
+    check_apart(
+        output,
+        [
+            *config.candidate_uris,
+            config.reranked,
+            config.queries,
+            config.corpus,
+            *config.qrels_uris,
+            *config.known_uris,
+        ],
+    )
     queries = corpus = None
     if config.queries:
         queries = find_table("query", config.queries, "query_id", config.columns, options)
@@ -52,7 +62,9 @@ def resolve(config: MineConfig) -> MineJob:
     if config.reranked is not None:
         source, results = finished_rerank("reranked", locate(config.reranked, options), config.queries is not None)
     files = list_candidates(config) if source is None else planned_files(source, options)
-    judgements = [file for uri in config.qrels_uris for file in expand(locate(uri, options), ".parquet")]
+    judgements = [
+        file for uri in (*config.qrels_uris, *config.known_uris) for file in expand(locate(uri, options), ".parquet")
+    ]
     tables = [*(queries.files if queries else ()), *(corpus.files if corpus else ())]
     everything = [*files, *tables, *judgements, *(results or {}).values()]
     parts = plans.describe_parts(everything, {}, config.result_options()) | {"job": "mine"}
@@ -125,6 +137,7 @@ def _context(job: MineJob, plan: Plan) -> MineContext:
         read=read,
         results=() if job.results is None else (job.results,),
         qrels=qrels,
+        known=read_qrels(config.known_uris, config.storage_options, qrels.keys()),
         settings=config.rules(),
         shape=Format(config.format, config.num_negatives, config.scores, config.labels),
         from_others=config.random_from == "others",

@@ -326,7 +326,9 @@ def _make(job: RetrainJob, known: Sequence[tuple[Retraining, Ending | None]]) ->
     num_before = len(leaks) - sum(file.num_leaking for file in chosen)
     now = round(time.time(), 3)
     key = records.new_key(now, [job.output.uri, [file.identity for file in chosen], job.parts])
-    return Retraining(key, now, parent, entry.number if entry else 0, tuple(chosen), job.parts, num_before, judges_base)
+    every = tuple(files) if config.mine is not None and len(chosen) < len(files) else ()
+    number = entry.number if entry else 0
+    return Retraining(key, now, parent, number, tuple(chosen), job.parts, num_before, judges_base, every)
 
 
 def _check_models(job: RetrainJob, parent: str | None, judges_base: bool) -> None:
@@ -483,7 +485,8 @@ def _labels(run: _Run) -> LabelledData:
     uris = {file.uri: file.uri for file in files}
     leaking = [file for file in files if file.num_leaking]
     now = {file.location.uri: (file.num_bytes, file.version) for file in run.job.files}
-    changed = next((file.uri for file in files if now.get(file.uri) != (file.num_bytes, file.version)), None)
+    needed = (*files, *run.one.known_files)
+    changed = next((file.uri for file in needed if now.get(file.uri) != (file.num_bytes, file.version)), None)
     if changed is not None:
         raise RunConflictError(
             f"{changed} was changed or removed since {run.one.key} began; restore it, or begin another one with"
@@ -516,7 +519,8 @@ def _mine(run: _Run, judgements: LabelledData, start: str) -> LabelledData:
         _go_on(run, reranking.rerank(config.rerank_config(start, reranked), **run.shared).state)
     run.begin("mine", "mining negatives …")
     place = run.folder / records.MINED_FOLDER
-    settings = config.mine_config(judgements.uris, reranked, place.uri)
+    known = tuple(file.uri for file in run.one.known_files)
+    settings = config.mine_config(judgements.uris, reranked, place.uri, known)
     mined = mining.mine(settings, stream=run.stream, should_stop=run.is_over)
     _go_on(run, mined.state)
     if mined.counts is None or not mined.counts.num_rows:

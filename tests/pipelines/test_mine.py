@@ -300,6 +300,25 @@ def test_a_positive_that_is_no_candidate_comes_from_the_corpus_or_is_counted(col
     assert scored.left_out == {"no_positive": 18, "positive_without_score": 2}
 
 
+def test_known_positives_are_no_negatives_of_their_query_and_are_not_learned(collection, tmp_path):
+    pairs, settings = collection.pairs, collection.write("ids")
+    top = pairs[pairs.query_id == "q0000"].sort_values("score", ascending=False)
+    top = top[~top.text.duplicated(keep=False)]
+    (tmp_path / "new.txt").write_text(f"q0000 0 {top.doc_id.iloc[0]} 1\n")
+    known = f"q0000 0 {top.doc_id.iloc[1]} 1\nq0001 0 {pairs.doc_id.iloc[10]} 1\n"
+    elsewhere = pairs[~pairs.text.isin(top.text)].iloc[0]
+    (tmp_path / "known.txt").write_text(f"{known}q0000 0 {elsewhere.doc_id} 1\n")
+    settings |= {"qrels": str(tmp_path / "new.txt"), "num_negatives": 2}
+    run(tmp_path / "plain", **settings)
+    assert read(tmp_path / "plain")[0]["docs"] == top.text.iloc[:3].tolist()
+    found = counts(run(tmp_path / "out", **settings, known_positives=str(tmp_path / "known.txt")))
+    [row] = read(tmp_path / "out")
+    assert row["docs"] == top.text.iloc[[0, 2, 3]].tolist() and row["labels"] == [1.0, 0.0, 0.0]
+    assert (found.num_mined, found.num_positives, found.excluded["positive"]) == (1, 1, 2)
+    with pytest.raises(RunConflictError, match="option known_positives"):
+        run(tmp_path / "out", **settings)
+
+
 def test_bad_rows_are_quarantined_with_their_place_and_everything_else_is_mined(collection, tmp_path):
     pairs = collection.pairs.copy()
     pairs.loc[13, "text"] = None

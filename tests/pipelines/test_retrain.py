@@ -238,6 +238,25 @@ def test_judgements_become_lists_with_mined_negatives(world):
     assert len(lists) == 39 and all(row["labels"] == [1.0, 0.0, 0.0] for row in lists)
 
 
+def test_a_positive_of_earlier_labels_is_no_negative_where_only_new_ones_are_mined_for(world):
+    settings = judgements(world)
+    settings["mine"]["num_negatives"] = 4
+    judge(world, 1, first=2)
+    ended(world, "refused", use="new", **settings)
+    new = pd.DataFrame([("tq2", "d2-1", 1), ("tq3", "d3-5", 1)], columns=["query_id", "doc_id", "label"])
+    new.to_parquet(world.folder / "labels/week-2.parquet", index=False)
+    stopped = go(world, use="new", should_stop=lambda: True, **settings)
+    judge(world, 3, first=3)  # what comes meanwhile is for the next one
+    outcome = go(world, use="new", **settings)
+    assert stopped.state == "stopped" and outcome.folder == stopped.folder, outcome.message
+    texts = pd.read_parquet(world.folder / "corpus.parquet").set_index("doc_id").text
+    lists = {row["docs"][0]: row["docs"][1:] for row in pq.read_table(folder_of(outcome) / "mined/data").to_pylist()}
+    assert lists == {
+        texts["d2-1"]: texts[["d2-2", "d2-3", "d2-4"]].tolist(),
+        texts["d3-5"]: texts[["d3-1", "d3-2", "d3-3", "d3-4"]].tolist(),
+    }
+
+
 @pytest.mark.parametrize("name", ["w.parquet", "frame.parquet", "w.jsonl", "w.jsonl.gz", "w.arrow"])
 def test_a_label_file_without_rows_is_passed_over_and_named(world, name):
     path = world.week(1).with_name(name)
