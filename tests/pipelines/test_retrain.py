@@ -4,6 +4,8 @@ import gzip
 import io
 import json
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from crossenc.errors import ConfigError, CrossEncError, InputError, RunConflictE
 from crossenc.evaluation.results import FIRST_STAGE
 from crossenc.testing import tiny_checkpoint
 from jobs import status as status_job
-from pipelines import lease, registry
+from pipelines import evaluation, lease, registry
 from pipelines import retrain as retraining
 from pipelines import retrain_records as records
 from pipelines.retrain import Outcome, describe, needs, resolve, retrain
@@ -313,6 +315,27 @@ def test_a_training_without_lists_is_void_and_another_failure_names_the_remedy(w
     monkeypatch.setattr(retraining.training, "train", real)
     world.week(2)
     assert next_one(world) == [("week-1.parquet", True), ("week-2.parquet", True)]
+
+
+def test_a_current_version_that_could_not_score_everything_is_not_beaten_until_it_is_evaluated_again(
+    world, monkeypatch
+):
+    world.week(1, share_right=0.5)
+    current = go(world)
+    world.week(2)
+    real = evaluation._read
+    failed = {folder_of(current).name: 2}
+    monkeypatch.setattr(evaluation, "_read", lambda s, *rest: replace(real(s, *rest), num_failed=failed.get(s.name, 0)))
+    refused = go(world)
+    assert refused.state == "refused" and "2 candidates of clicks with " + folder_of(current).name in refused.message
+    assert "evaluate again" in (folder_of(refused) / "report.html").read_text()
+    failed.clear()
+    assert go(world).state == "nothing new"
+    shutil.rmtree(folder_of(refused) / "evaluation")
+    for name in ("decision.json", "ending.json"):
+        (folder_of(refused) / name).unlink()
+    outcome = go(world)
+    assert outcome.state == "promoted" and outcome.folder == refused.folder
 
 
 def test_leaks_are_refused_by_name_and_dropped_where_that_is_asked_for(world):
