@@ -18,6 +18,7 @@ import yaml
 
 from crossenc.errors import InputError, RunConflictError
 from pipelines import logs
+from pipelines import mine as mining
 from pipelines.config import RerankConfig
 from pipelines.mine import Outcome, mine
 from pipelines.mine_config import MineConfig
@@ -255,6 +256,23 @@ def test_a_rerank_run_s_model_scores_are_what_the_rules_look_at(collection, tmp_
         assert row["docs"] == list(both.text)
         np.testing.assert_array_equal(row["scores"], both.score)
     assert counts(outcome).num_candidates == 200
+
+
+def test_the_tables_beside_a_rerank_run_are_read_by_the_names_that_it_had_for_columns(
+    collection, tmp_path, monkeypatch
+):
+    inputs = collection.write("ids")
+    for name, column in (("corpus", "abstract"), ("queries", "wording")):
+        table = pd.read_parquet(inputs[name])
+        table.assign(**{column: table.text}).to_parquet(inputs[name], index=False)
+    shared = {"qrels": write_qrels(collection), "output": str(tmp_path / "out")}
+    named = MineConfig(**inputs, **shared, columns={"text": "abstract", "query": "wording"})
+    plan = mining.make_plan(mining.resolve(named))
+    monkeypatch.setattr(mining, "finished_rerank", lambda *_: (plan, {}))
+    tables = {name: inputs[name] for name in ("queries", "corpus")}
+    job = mining.resolve(MineConfig(reranked=str(tmp_path / "reranked"), **tables, **shared))
+    assert job.queries is not None and job.queries.text_column == "wording"
+    assert job.corpus is not None and job.corpus.text_column == "abstract"
 
 
 @pytest.mark.usefixtures("ray_cluster")
