@@ -179,6 +179,8 @@ class RetrainConfig(BaseModel):
         try:
             self.evaluate_config({"candidate": "model"}, FIRST_STAGE, "evaluation")
             self.train_config(LabelledData(files="labels"), "start", "trained")
+            if self.mine is not None:
+                self.rerank_config("model", "reranked")
         except ValidationError as error:
             problems = [str(problem["msg"]).removeprefix("Value error, ") for problem in error.errors()]
             raise ValueError("; ".join(problems)) from None
@@ -213,6 +215,8 @@ class RetrainConfig(BaseModel):
         assert self.mine is not None, "asked only where there is a section"
         same = {*RerankConfig.model_fields} & {*MineConfig.model_fields} - {"output", "qrels"}
         settings = {name: getattr(self.mine, name) for name in same} | self._shared(RerankConfig)
+        if self.mine.queries is None:  # the corpus is for positives alone: candidates have texts of their own
+            settings["corpus"] = None
         return RerankConfig.model_validate({**settings, "scoring": self.mine.scoring, "model": model, "output": output})
 
     def mine_config(

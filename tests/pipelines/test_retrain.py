@@ -591,6 +591,11 @@ def test_the_sections_of_the_job_make_the_settings_of_the_steps(world):
     judged = config.evaluate_config({"v1": "a", "v2": "b"}, "v1", "evaluation")
     assert [system.name for system in judged.systems] == ["v1", "v2"] and judged.max_text_bytes == 1000
     assert needs(config, 4)["CPU"] >= 2 * 2
+    own_texts = {"candidates": "pairs.parquet", "corpus": "c.parquet", "columns": {"text": "abstract"}}
+    with_corpus = world.config(labels={"files": "labels", **tables}, mine=own_texts)
+    scored, mined = with_corpus.rerank_config("current", "r"), with_corpus.mine_config(("a",), "r", "m")
+    assert (scored.corpus, scored.columns) == (None, {"text": "abstract"}) and mined.corpus == "c.parquet"
+    assert with_corpus.mine_config(("a",), None, "m").columns == {"text": "abstract"}
     faster = config.model_copy(update={"mine": config.mine.model_copy(update={"workers": 4}), "price_per_hour": 2.0})
     assert faster.result_options() == config.result_options()
     assert world.config(use="new").result_options() != world.config().result_options()
