@@ -177,7 +177,7 @@ def mine(query: MineQuery, settings: MineSettings, others: Others | None = None)
     """Choose the query's negatives by the rules of `settings`: a function of its arguments alone.
 
     Never a known positive, never a text equal to a positive's, no text twice. Documents out of `others` have neither
-    rank nor score: they are only kept apart from the positives and from the query's own candidates.
+    rank nor score: they are only kept apart, by id and by text, from the positives and from the query's own candidates.
     """
     if not query.positive_ids:
         return _leave_out(query, Counter(), "no_positive")
@@ -270,14 +270,12 @@ def _choose(
     if others is None:
         random = rest[np.sort(generator.permutation(len(rest))[: settings.num_random])]
         return np.concatenate([hard, random]), nothing
-    return hard, _draw_others(query, settings.num_random, hard, others, generator)
+    return hard, _draw_others(query, settings.num_random, others, generator)
 
 
-def _draw_others(
-    query: MineQuery, num: int, hard: NDArray[np.int64], others: Others, generator: np.random.Generator
-) -> NDArray[np.int64]:
+def _draw_others(query: MineQuery, num: int, others: Others, generator: np.random.Generator) -> NDArray[np.int64]:
     own = {*query.doc_ids, *query.positive_ids, *query.known_ids}
-    keys = {*query.positive_keys, *query.known_keys, *(query.text_keys[i] for i in hard)}
+    keys = {*query.positive_keys, *query.known_keys, *query.text_keys}
     chosen: list[int] = []
     for position in generator.permutation(len(others.doc_ids)).tolist():
         if len(chosen) == num:

@@ -185,13 +185,16 @@ def _mine_query(
         known_keys={keys[doc_id] for doc_id in known if doc_id in keys},
     )
     mined = mine(query, settings, others) if doc_ids else Mined(_NOTHING, _NOTHING, {}, "no_candidates")
-    positives, dropped = {}, Counter[str]()
+    positives, dropped, seen = {}, Counter[str](), set[bytes]()
     for doc_id in grades if mined.left_out is None else ():
         if doc_id not in keys:
             dropped["without_text"] += 1
         elif settings.require_scores and not (doc_id in place and np.isfinite(unit.scores[place[doc_id]])):
             dropped["without_score"] += 1
+        elif keys[doc_id] in seen:
+            dropped["repeated_text"] += 1
         else:
+            seen.add(keys[doc_id])
             positives[doc_id] = place.get(doc_id)
     return _Query(positives, mined, dropped)
 

@@ -179,6 +179,12 @@ def test_others_are_no_positives_no_candidates_and_no_repeated_texts():
     assert picks == {"bcr", "bcs"}
 
 
+def test_a_copy_of_a_candidate_that_a_rule_left_out_is_not_drawn_from_others():
+    candidates = query([9.0, 8.9, 1.0], texts=["p", "probably right", "z"], keys=("p",))
+    others = Others(["m", "n"], [text_key("Probably  right"), text_key("new")])
+    assert chosen(candidates, others, num_negatives=3, random_share=0.7, relative_margin=0.05) == "cn"
+
+
 def test_a_share_that_others_cannot_fill_is_short_and_not_made_up_from_the_candidates():
     candidates = query([3.0, 2.0, 1.0, 0.0])
     assert chosen(candidates, Others([], []), num_negatives=2, random_share=0.5) == "b"

@@ -337,6 +337,17 @@ def test_known_positives_are_no_negatives_of_their_query_and_are_not_learned(col
         run(tmp_path / "out", **settings)
 
 
+def test_of_positives_with_one_text_the_one_of_the_best_grade_is_learned(collection, tmp_path):
+    pairs = collection.pairs[collection.pairs.query_id == "q0000"].copy()
+    pairs["text"] = ["One text", "another text", "one  TEXT", *pairs.text[3:]]
+    grades = zip(pairs.doc_id[:3], (1, 2, 3), strict=True)
+    (tmp_path / "qrels.txt").write_text("".join(f"q0000 0 {doc_id} {grade}\n" for doc_id, grade in grades))
+    inputs = Collection(pairs, collection.folder).write("pairs")
+    found = counts(run(tmp_path / "out", qrels=str(tmp_path / "qrels.txt"), **inputs, num_negatives=1))
+    assert read(tmp_path / "out")[0]["docs"][:2] == ["one  TEXT", "another text"]
+    assert (found.num_positives, found.dropped_positives) == (2, {"repeated_text": 1})
+
+
 def test_bad_rows_are_quarantined_with_their_place_and_everything_else_is_mined(collection, tmp_path):
     pairs = collection.pairs.copy()
     pairs.loc[13, "text"] = None
