@@ -124,7 +124,8 @@ class MineQuery:
 
     `text_keys` says which texts are equal: `text_key` of each. `ranks` int64 [N]; `scores` float64 [N], NaN for none.
     `positive_ids` are the judged relevant documents, among the candidates or not; `positive_keys` the keys of the texts
-    of those whose text is known.
+    of those whose text is known. `known_ids` and `known_keys` are the same of documents that are known to be right, but
+    are not what the query is to learn.
     """
 
     query_id: str
@@ -134,6 +135,8 @@ class MineQuery:
     scores: NDArray[np.float64]
     positive_ids: Collection[str]
     positive_keys: Collection[bytes]
+    known_ids: Collection[str] = ()
+    known_keys: Collection[bytes] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +177,7 @@ def mine(query: MineQuery, settings: MineSettings, others: Others | None = None)
     """Choose the query's negatives by the rules of `settings`: a function of its arguments alone.
 
     Never a known positive, never a text equal to a positive's, no text twice. Documents out of `others` have neither
-    rank nor score: they are only kept apart from the positives and from the query's own candidates.
+    rank nor score: they are only kept apart, by id and by text, from the positives and from the query's own candidates.
     """
     if not query.positive_ids:
         return _leave_out(query, Counter(), "no_positive")
@@ -182,9 +185,10 @@ def mine(query: MineQuery, settings: MineSettings, others: Others | None = None)
         return _leave_out(query, Counter(), "positive_without_text")
     is_positive = np.array([doc_id in query.positive_ids for doc_id in query.doc_ids], dtype=np.bool_)
     has_score = np.isfinite(query.scores)
-    is_scored_positive = is_positive & has_score
-    if (settings.needs_positive_score or settings.require_scores) and not is_scored_positive.any():
+    if (settings.needs_positive_score or settings.require_scores) and not (is_positive & has_score).any():
         return _leave_out(query, Counter(), "positive_without_score")
+    is_positive |= np.array([doc_id in query.known_ids for doc_id in query.doc_ids], dtype=np.bool_)
+    is_scored_positive = is_positive & has_score
     excluded: Counter[str] = Counter()
     left = np.ones(len(query.doc_ids), dtype=np.bool_)
     lowest = float(query.scores[is_scored_positive].min()) if is_scored_positive.any() else np.nan
@@ -211,7 +215,8 @@ def _rules(
 ) -> list[tuple[str, NDArray[np.bool_]]]:
     """Each rule that is set, in the order of RULES, with the candidates that it excludes, bool [N]."""
     scores, ranks = query.scores, query.ranks
-    equals = np.array([key in query.positive_keys for key in query.text_keys], dtype=np.bool_)
+    right = {*query.positive_keys, *query.known_keys}
+    equals = np.array([key in right for key in query.text_keys], dtype=np.bool_)
     rules = [("positive", is_positive), ("equals_positive", equals), ("min_rank", ranks < settings.min_rank)]
     if settings.max_rank is not None:
         rules.append(("max_rank", ranks > settings.max_rank))
@@ -265,14 +270,12 @@ def _choose(
     if others is None:
         random = rest[np.sort(generator.permutation(len(rest))[: settings.num_random])]
         return np.concatenate([hard, random]), nothing
-    return hard, _draw_others(query, settings.num_random, hard, others, generator)
+    return hard, _draw_others(query, settings.num_random, others, generator)
 
 
-def _draw_others(
-    query: MineQuery, num: int, hard: NDArray[np.int64], others: Others, generator: np.random.Generator
-) -> NDArray[np.int64]:
-    own = {*query.doc_ids, *query.positive_ids}
-    keys = {*query.positive_keys, *(query.text_keys[i] for i in hard)}
+def _draw_others(query: MineQuery, num: int, others: Others, generator: np.random.Generator) -> NDArray[np.int64]:
+    own = {*query.doc_ids, *query.positive_ids, *query.known_ids}
+    keys = {*query.positive_keys, *query.known_keys, *query.text_keys}
     chosen: list[int] = []
     for position in generator.permutation(len(others.doc_ids)).tolist():
         if len(chosen) == num:

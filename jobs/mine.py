@@ -19,6 +19,7 @@ from pipelines.schemas import REASONS
 _DROPPED = {
     "without_text": "neither among the candidates nor in the corpus",
     "without_score": "not among the scored candidates",
+    "repeated_text": "its text equals that of a better positive",
 }
 
 

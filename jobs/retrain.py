@@ -78,8 +78,8 @@ def command(
 ) -> None:
     """Train on new labels, compare with the version in use, and promote what is better. Run it again to resume.
 
-    Exit codes: 0 promoted or nothing new, 3 refused by the gate, 2 bad configuration or input, 75 stopped or overtaken
-    by another promotion (run it again), 1 anything else.
+    Exit codes: 0 promoted or nothing new, 3 refused by the gate, 2 bad configuration or input, with labels that give no
+    list to train on, 75 stopped or overtaken by another promotion (run it again), 1 anything else.
     """
     raise typer.Exit(run(job, tuple(set_ or ()), dry_run=dry_run, new_run=new_run, refused_ok=refused_ok))
 

@@ -4,7 +4,7 @@ Reads the id columns of the candidates again for the first-stage order, and the 
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -49,18 +49,22 @@ class Evaluation:
     note: str
 
 
-def read_qrels(uris: str | tuple[str, ...], storage_options: Mapping[str, object]) -> Qrels:
+def read_qrels(
+    uris: str | tuple[str, ...], storage_options: Mapping[str, object], queries: Collection[str] | None = None
+) -> Qrels:
     """Relevance judgements from Parquet (query_id, doc_id, relevance) or TREC qrels text files; the last one counts.
 
-    Raises InputError naming the file and line where one cannot be understood.
+    Where `queries` are given, those of other queries are not kept, and there may be none. Raises InputError naming the
+    file and line where one cannot be understood.
     """
     qrels: dict[str, dict[str, int]] = {}
     places = [locate(uri, dict(storage_options)) for uri in ((uris,) if isinstance(uris, str) else uris)]
     for file in (file for place in places for file in expand(place, ".parquet")):
         rows = _parquet_qrels(file) if file.location.name.endswith(".parquet") else _trec_qrels(file)
         for query_id, doc_id, grade in rows:
-            qrels.setdefault(query_id, {})[doc_id] = grade
-    if not qrels:
+            if queries is None or query_id in queries:
+                qrels.setdefault(query_id, {})[doc_id] = grade
+    if not qrels and queries is None:
         raise InputError(f"{', '.join(map(str, places))} has no judgements; give qrels with a row a judgement")
     return qrels
 

@@ -37,6 +37,7 @@ from pipelines.progress import announce
 from pipelines.rankings import Ranking
 from pipelines.records import JobState, ShardCounts
 from pipelines.rerank import rerank
+from pipelines.schemas import SCORING_FAILURES
 from pipelines.storage import Location, check_apart, delete, exists, list_files, locate, probe, put
 
 #: A rerank run for each model and collection.
@@ -258,6 +259,7 @@ def _scored(
         source=model.name,
         run=run,
         pairs_per_second=_rate(folder),
+        num_failed=sum(outcome.counts.refused.get(reason, 0) for reason in SCORING_FAILURES),
         notes=_refused(outcome.counts),
     )
 

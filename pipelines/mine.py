@@ -3,6 +3,7 @@
 Judgements are in memory, candidates and texts a unit at a time.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TextIO
@@ -18,7 +19,7 @@ from pipelines.mine_shard import KIND, MineContext, MineCounts
 from pipelines.plan import Plan
 from pipelines.prepare import ReadSettings
 from pipelines.storage import FileInfo, Location, check_apart, expand, locate
-from pipelines.texts import TextTable, default_cache, find_table
+from pipelines.texts import TextTable, default_cache, find_tables
 from pipelines.unit_rows import finished_rerank, planned_files
 
 Outcome = units.Outcome[MineCounts]
@@ -42,17 +43,15 @@ def resolve(config: MineConfig) -> MineJob:
     """Looks everything up that the job names. Raises InputError before any work is done."""
     options = config.storage_options
     output = locate(config.output, options)
-    check_apart(output, [*config.candidate_uris, config.reranked, config.queries, config.corpus, *config.qrels_uris])
-    queries = corpus = None
-    if config.queries:
-        queries = find_table("query", config.queries, "query_id", config.columns, options)
-    if config.corpus:
-        corpus = find_table("document", config.corpus, "doc_id", config.columns, options)
-    source = results = None
+    judged_uris = [*config.qrels_uris, *config.known_uris]
+    check_apart(output, [*config.candidate_uris, config.reranked, config.queries, config.corpus, *judged_uris])
+    source, results, columns = None, None, config.columns
     if config.reranked is not None:
         source, results = finished_rerank("reranked", locate(config.reranked, options), config.queries is not None)
+        columns = json.loads(source.parts["option columns"])
+    queries, corpus = find_tables(config.queries, config.corpus, columns, options)
     files = list_candidates(config) if source is None else planned_files(source, options)
-    judgements = [file for uri in config.qrels_uris for file in expand(locate(uri, options), ".parquet")]
+    judgements = [file for uri in judged_uris for file in expand(locate(uri, options), ".parquet")]
     tables = [*(queries.files if queries else ()), *(corpus.files if corpus else ())]
     everything = [*files, *tables, *judgements, *(results or {}).values()]
     parts = plans.describe_parts(everything, {}, config.result_options()) | {"job": "mine"}
@@ -125,6 +124,7 @@ def _context(job: MineJob, plan: Plan) -> MineContext:
         read=read,
         results=() if job.results is None else (job.results,),
         qrels=qrels,
+        known=read_qrels(config.known_uris, config.storage_options, qrels.keys()),
         settings=config.rules(),
         shape=Format(config.format, config.num_negatives, config.scores, config.labels),
         from_others=config.random_from == "others",

@@ -37,6 +37,9 @@ class MineConfig(BaseModel):
         str | tuple[str, ...],
         Field(min_length=1, description="judgements, or a list of them: Parquet or TREC; above 0 is a positive"),
     ]
+    known_positives: Annotated[
+        str | tuple[str, ...], Field(description="more judgements: their positives are no negatives, and not learned")
+    ] = ()
     output: Annotated[str, Field(min_length=1, description="folder for the training data; made if absent")]
     layout: Annotated[Literal["auto"] | LayoutName, Field(description="shape of the candidates")] = "auto"
     queries: Annotated[str | None, Field(description="table query_id, text (layout ids)")] = None
@@ -98,6 +101,10 @@ class MineConfig(BaseModel):
         return (self.qrels,) if isinstance(self.qrels, str) else self.qrels
 
     @property
+    def known_uris(self) -> tuple[str, ...]:
+        return (self.known_positives,) if isinstance(self.known_positives, str) else self.known_positives
+
+    @property
     def pass_through(self) -> tuple[str, ...]:
         """None: training data has texts and labels only."""
         return ()
@@ -114,4 +121,5 @@ class MineConfig(BaseModel):
     def result_options(self) -> dict[str, Any]:
         """The settings that change results: two runs with equal ones and equal inputs give equal files."""
         own = {*_RULES, "layout", "columns", "format", "scores", "labels", "random_from", "min_negatives"}
+        own |= {"known_positives"} if self.known_positives else set()
         return self.model_dump(mode="json", include=own | {"max_text_bytes", "skip_bad_files"})

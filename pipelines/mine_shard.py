@@ -5,7 +5,7 @@ candidates are read and what comes out is stored.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,9 +76,13 @@ _NOTHING = np.empty(0, dtype=np.int64)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MineContext(UnitContext):
-    """What every unit needs to know. Without results the candidates have scores of their own, or none."""
+    """What every unit needs to know. Without results the candidates have scores of their own, or none.
+
+    `known` are more judgements of the queries of `qrels`: their positives are no negatives.
+    """
 
     qrels: Qrels
+    known: Qrels
     settings: MineSettings
     shape: Format
     from_others: bool
@@ -107,9 +111,12 @@ def _make(
     """Mines the queries of a unit: its account, and its files by path."""
     unit = to_unit(with_scores(rows, results_scores(rows, results[0])) if results else rows)
     relevant = [positives_of(context.qrels, query_id) for query_id in unit.query_ids]
-    absent = _absent_texts(unit, relevant, context)
+    known = [positives_of(context.known, query_id) for query_id in unit.query_ids]
+    absent = _absent_texts(unit, [one | more for one, more in zip(relevant, known, strict=True)], context)
     others, places = _others(unit) if context.from_others else (None, [])
-    mined = [_mine_query(unit, q, relevant[q], absent, others, context.settings) for q in range(len(relevant))]
+    mined = [
+        _mine_query(unit, q, relevant[q], known[q], absent, others, context.settings) for q in range(len(relevant))
+    ]
     data, num_rows = encode(_training(unit, mined, absent, places, context), context.shape)
     completeness = _completeness(unit, mined)
     return _counts(unit, mined, rows.num_rows, num_rows, context.settings), {
@@ -154,14 +161,18 @@ def _mine_query(
     unit: Unit,
     q: int,
     grades: Mapping[str, int],
+    known: Collection[str],
     absent: Mapping[str, str],
     others: Others | None,
     settings: MineSettings,
 ) -> _Query:
     span = unit.span(q)
     doc_ids = unit.doc_ids[span]
-    place = {doc_id: at for at, doc_id in enumerate(doc_ids, start=span.start) if doc_id in grades}
-    known = {doc_id: absent[doc_id] for doc_id in grades if doc_id not in place and doc_id in absent}
+    place = {doc_id: at for at, doc_id in enumerate(doc_ids, start=span.start)}
+    keys = {doc_id: unit.keys[place[doc_id]] for doc_id in (*grades, *known) if doc_id in place}
+    keys |= {
+        doc_id: text_key(absent[doc_id]) for doc_id in (*grades, *known) if doc_id not in place and doc_id in absent
+    }
     query = MineQuery(
         query_id=unit.query_ids[q],
         doc_ids=doc_ids,
@@ -169,16 +180,21 @@ def _mine_query(
         ranks=unit.ranks[span],
         scores=unit.scores[span],
         positive_ids=grades.keys(),
-        positive_keys={*(unit.keys[at] for at in place.values()), *map(text_key, known.values())},
+        positive_keys={keys[doc_id] for doc_id in grades if doc_id in keys},
+        known_ids=known,
+        known_keys={keys[doc_id] for doc_id in known if doc_id in keys},
     )
     mined = mine(query, settings, others) if doc_ids else Mined(_NOTHING, _NOTHING, {}, "no_candidates")
-    positives, dropped = {}, Counter[str]()
+    positives, dropped, seen = {}, Counter[str](), set[bytes]()
     for doc_id in grades if mined.left_out is None else ():
-        if doc_id not in place and doc_id not in known:
+        if doc_id not in keys:
             dropped["without_text"] += 1
         elif settings.require_scores and not (doc_id in place and np.isfinite(unit.scores[place[doc_id]])):
             dropped["without_score"] += 1
+        elif keys[doc_id] in seen:
+            dropped["repeated_text"] += 1
         else:
+            seen.add(keys[doc_id])
             positives[doc_id] = place.get(doc_id)
     return _Query(positives, mined, dropped)
 

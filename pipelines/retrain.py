@@ -43,7 +43,7 @@ from pipelines.rankings import Tables
 from pipelines.retrain_config import RetrainConfig
 from pipelines.retrain_leaks import (
     FixedQueries,
-    Leak,
+    Leaks,
     Query,
     candidate_queries,
     find_leaks,
@@ -311,10 +311,10 @@ def _make(job: RetrainJob, known: Sequence[tuple[Retraining, Ending | None]]) ->
     fixed = fixed_queries(job.sources, config.max_text_bytes)
     _refuse_leaks(job, fixed)
     leaks, num_rows = _label_leaks(job, files, fixed)  # of all files: what earlier versions learned counts, too
-    if leaks and config.leaking == "refuse":
+    if leaks.first and config.leaking == "refuse":
         remedy = "Take these rows out of the labels, or set leaking: drop to train without them."
         raise refusal(leaks, "the labels", remedy)
-    files = [replace(file, num_leaking=found) for file, found in zip(files, _by_file(leaks, files), strict=True)]
+    files = [replace(file, num_leaking=len(leaks.rows.get(file.uri, ()))) for file in files]
     chosen = files if config.use == "all" else [file for file in files if file.is_new]
     num_left = sum(num_rows[file.uri] - file.num_leaking for file in chosen)
     if not num_left:
@@ -323,10 +323,12 @@ def _make(job: RetrainJob, known: Sequence[tuple[Retraining, Ending | None]]) ->
             " queries"
         )
     _check_judgements(job, chosen)
-    num_before = len(leaks) - sum(file.num_leaking for file in chosen)
+    num_before = leaks.num_rows - sum(file.num_leaking for file in chosen)
     now = round(time.time(), 3)
     key = records.new_key(now, [job.output.uri, [file.identity for file in chosen], job.parts])
-    return Retraining(key, now, parent, entry.number if entry else 0, tuple(chosen), job.parts, num_before, judges_base)
+    every = tuple(files) if config.mine is not None and len(chosen) < len(files) else ()
+    number = entry.number if entry else 0
+    return Retraining(key, now, parent, number, tuple(chosen), job.parts, num_before, judges_base, every)
 
 
 def _check_models(job: RetrainJob, parent: str | None, judges_base: bool) -> None:
@@ -357,13 +359,7 @@ def _check_judgements(job: RetrainJob, files: Sequence[LabelFile]) -> None:
         )
 
 
-def _by_file(leaks: Sequence[Leak], files: Sequence[LabelFile]) -> list[int]:
-    """How many of the leaks each file has."""
-    numbers = Counter(leak.query.file.location.uri for leak in leaks)
-    return [numbers[file.uri] for file in files]
-
-
-def _label_leaks(job: RetrainJob, files: Sequence[LabelFile], fixed: FixedQueries) -> tuple[list[Leak], Counter[str]]:
+def _label_leaks(job: RetrainJob, files: Sequence[LabelFile], fixed: FixedQueries) -> tuple[Leaks, Counter[str]]:
     """The rows of labels whose query is judged on, and how many rows of each file, by URI, can be read."""
     infos = [records.as_info(file, job.options) for file in files]
     queries = label_queries(job.config.labels, infos, job.options, job.config.max_text_bytes)
@@ -383,14 +379,16 @@ def _refuse_leaks(job: RetrainJob, fixed: FixedQueries) -> None:
     validation = config.train.validation
     if isinstance(validation, LabelledData):
         files = list_input(validation, job.options)
-        if found := find_leaks(label_queries(validation, files, job.options, limit), fixed):
+        found = find_leaks(label_queries(validation, files, job.options, limit), fixed)
+        if found.first:
             raise refusal(found, "train.validation", "Take these rows out of the validation data.")
     if config.distill is not None:
         named = config.distill_config("start", "distilled")
         seen = named.rerank_config(named.teacher_names[0], "distilled")
         table = find_table("query", seen.queries, "query_id", seen.columns, job.options) if seen.queries else None
         plan = Tables(seen.candidate_uris, seen.layout, seen.columns, seen.queries, job.options).plan()
-        if found := find_leaks(candidate_queries(plan, table, job.options, limit), fixed):
+        found = find_leaks(candidate_queries(plan, table, job.options, limit), fixed)
+        if found.first:
             raise refusal(found, "distill.candidates", "Take these queries out of the candidates.")
 
 
@@ -483,7 +481,8 @@ def _labels(run: _Run) -> LabelledData:
     uris = {file.uri: file.uri for file in files}
     leaking = [file for file in files if file.num_leaking]
     now = {file.location.uri: (file.num_bytes, file.version) for file in run.job.files}
-    changed = next((file.uri for file in files if now.get(file.uri) != (file.num_bytes, file.version)), None)
+    needed = (*files, *run.one.known_files)
+    changed = next((file.uri for file in needed if now.get(file.uri) != (file.num_bytes, file.version)), None)
     if changed is not None:
         raise RunConflictError(
             f"{changed} was changed or removed since {run.one.key} began; restore it, or begin another one with"
@@ -494,8 +493,7 @@ def _labels(run: _Run) -> LabelledData:
         fixed = fixed_queries(run.job.sources, config.max_text_bytes)
         found, _ = _label_leaks(run.job, leaking, fixed)
         for number, file in enumerate(leaking):
-            rows = {leak.query.row for leak in found if leak.query.file.location.uri == file.uri}
-            name, body = without_rows(records.as_info(file, run.job.options), rows)
+            name, body = without_rows(records.as_info(file, run.job.options), found.rows.get(file.uri, ()))
             place = run.folder / f"{LABELS_FOLDER}/{number:06d}-{name}"
             if body is None:
                 del uris[file.uri]
@@ -516,7 +514,8 @@ def _mine(run: _Run, judgements: LabelledData, start: str) -> LabelledData:
         _go_on(run, reranking.rerank(config.rerank_config(start, reranked), **run.shared).state)
     run.begin("mine", "mining negatives …")
     place = run.folder / records.MINED_FOLDER
-    settings = config.mine_config(judgements.uris, reranked, place.uri)
+    known = tuple(file.uri for file in run.one.known_files)
+    settings = config.mine_config(judgements.uris, reranked, place.uri, known)
     mined = mining.mine(settings, stream=run.stream, should_stop=run.is_over)
     _go_on(run, mined.state)
     if mined.counts is None or not mined.counts.num_rows:

@@ -79,13 +79,14 @@ class MineSection(MineConfig):
     scoring: Annotated[ScoringConfig, Field(description="of the current version, as in rerank")] = ScoringConfig()
     reranked: Annotated[str | None, Field(exclude=True)] = None
     qrels: Annotated[str | tuple[str, ...], Field(exclude=True)] = "labels"
+    known_positives: Annotated[str | tuple[str, ...], Field(exclude=True)] = ()
     output: Annotated[str, Field(exclude=True)] = "mined"
     max_text_bytes: Annotated[int, Field(exclude=True)] = 0
     storage_options: dict[str, Any] = Field(default_factory=dict, exclude=True, repr=False)
 
     @model_validator(mode="after")
     def _leaves_out(self) -> "MineSection":
-        _leave_out(self, "mine", ("reranked", "qrels", "output"))
+        _leave_out(self, "mine", ("reranked", "qrels", "known_positives", "output"))
         if self.format == "ids":
             raise ValueError("training reads texts: choose another format than ids, as lists")
         return self
@@ -178,6 +179,8 @@ class RetrainConfig(BaseModel):
         try:
             self.evaluate_config({"candidate": "model"}, FIRST_STAGE, "evaluation")
             self.train_config(LabelledData(files="labels"), "start", "trained")
+            if self.mine is not None:
+                self.rerank_config("model", "reranked")
         except ValidationError as error:
             problems = [str(problem["msg"]).removeprefix("Value error, ") for problem in error.errors()]
             raise ValueError("; ".join(problems)) from None
@@ -212,16 +215,24 @@ class RetrainConfig(BaseModel):
         assert self.mine is not None, "asked only where there is a section"
         same = {*RerankConfig.model_fields} & {*MineConfig.model_fields} - {"output", "qrels"}
         settings = {name: getattr(self.mine, name) for name in same} | self._shared(RerankConfig)
+        if self.mine.queries is None:  # the corpus is for positives alone: candidates have texts of their own
+            settings["corpus"] = None
         return RerankConfig.model_validate({**settings, "scoring": self.mine.scoring, "model": model, "output": output})
 
-    def mine_config(self, qrels: tuple[str, ...], reranked: str | None, output: str) -> MineConfig:
-        """The job that mines negatives for the judgements in `qrels`, by a rerank run's scores where there is one."""
+    def mine_config(
+        self, qrels: tuple[str, ...], reranked: str | None, output: str, known: tuple[str, ...] = ()
+    ) -> MineConfig:
+        """The job that mines negatives for the judgements in `qrels`, by a rerank run's scores where there is one.
+
+        Positives of the judgements in `known` are no negatives either.
+        """
         assert self.mine is not None, "asked only where there is a section"
         settings = self.mine.model_dump(exclude={"scoring"}) | self._shared(MineConfig)
         if reranked is not None:
             for name in ("candidates", "layout", "columns"):  # those of the rerank run
                 del settings[name]
-        return MineConfig.model_validate({**settings, "qrels": qrels, "reranked": reranked, "output": output})
+        made = {"qrels": qrels, "known_positives": known, "reranked": reranked, "output": output}
+        return MineConfig.model_validate(settings | made)
 
     def result_options(self) -> dict[str, Any]:
         """The settings that change what a retraining comes to, beside the label files."""

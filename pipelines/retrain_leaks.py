@@ -8,8 +8,9 @@ It reads queries and nothing else of labels and candidates, and knows nothing of
 import gzip
 import io
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from array import array
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -91,6 +92,22 @@ class Leak:
         place = f"{self.query.file.location}, row {self.query.row}"
         by = " by its id" if self.judged.by == "id" else ""
         return f"{visible(shown)!r} ({place}) is {self.judged.query_id} of {self.judged.collection}{by}"
+
+
+@dataclass(frozen=True, slots=True)
+class Leaks:
+    """Leaks of any number, in little memory: of each query of the fixed set the first one, and all rows by file."""
+
+    first: dict[tuple[str, str], Leak] = field(default_factory=dict)
+    rows: "dict[str, array[int]]" = field(default_factory=dict)
+
+    @property
+    def num_rows(self) -> int:
+        return sum(map(len, self.rows.values()))
+
+    def add(self, leak: Leak) -> None:
+        self.first.setdefault((leak.judged.collection, leak.judged.query_id), leak)
+        self.rows.setdefault(leak.query.file.location.uri, array("q")).append(leak.query.row)
 
 
 def normalised(text: str) -> str:
@@ -258,39 +275,38 @@ def _looked_up(ids: Sequence[str | None], table: TextTable | None, max_text_byte
     return [None if id_ is None else texts[id_] for id_ in ids]
 
 
-def find_leaks(queries: Iterable[Query], fixed: FixedQueries) -> list[Leak]:
+def find_leaks(queries: Iterable[Query], fixed: FixedQueries) -> Leaks:
     """The queries that are judged on, too, in every row where they stand."""
-    known: dict[tuple[str | None, str | None], Judged | None] = {}
-    leaks = []
+    leaks = Leaks()
+    last: Query | None = None
+    judged: Judged | None = None
     for query in queries:
-        key = query.query_id, query.text
-        if key not in known:
-            known[key] = fixed.find(query)
-        judged = known[key]
+        if last is None or (query.query_id, query.text) != (last.query_id, last.text):  # rows of a query stand together
+            last, judged = query, fixed.find(query)
         if judged is not None:
-            leaks.append(Leak(query, judged))
+            leaks.add(Leak(query, judged))
     return leaks
 
 
-def refusal(leaks: Sequence[Leak], where: str, remedy: str) -> InputError:
+def refusal(leaks: Leaks, where: str, remedy: str) -> InputError:
     """The error that names leaks, of each query the first one."""
-    first = {(leak.judged.collection, leak.judged.query_id): leak for leak in reversed(leaks)}
-    shown = sorted(first.values(), key=lambda leak: (leak.query.file.location.uri, leak.query.row))
+    shown = sorted(leaks.first.values(), key=lambda leak: (leak.query.file.location.uri, leak.query.row))
     lines = "".join(f"\n  {leak}" for leak in shown[:_NAMED])
     more = f"\n  … and {len(shown) - _NAMED:,} more" if len(shown) > _NAMED else ""
     return InputError(
-        f"{len(shown):,} queries of {where} are judged on, too, in {len(leaks):,} rows; a model that learned them"
+        f"{len(shown):,} queries of {where} are judged on, too, in {leaks.num_rows:,} rows; a model that learned them"
         f" proves nothing by them:{lines}{more}\n{remedy}"
     )
 
 
-def without_rows(file: FileInfo, rows: set[int]) -> tuple[str, bytes | None]:
+def without_rows(file: FileInfo, rows: Collection[int]) -> tuple[str, bytes | None]:
     """Name and content of a file of labels without some rows; None where none is left.
 
     Arrow streams become Parquet, and lines are not compressed any more. The file is in memory whole.
     """
     kind, name = format_of(file), file.location.name
     if kind in ("jsonl", "tsv"):
+        rows = set(rows)
         body = read_bytes(file.location)
         body = gzip.decompress(body) if name.lower().endswith(".gz") else body
         kept = [line for number, line in enumerate(io.BytesIO(body)) if number not in rows]

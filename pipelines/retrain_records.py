@@ -61,7 +61,8 @@ class Retraining:
     compared with, None where the registry has none: it is compared with the base model then, if `judges_base`, or else
     with the first stage. `entry` is the number of the newest entry of the history at the start, 0 for none. `parts` are
     what it depends on; `files` is what it trains on, `num_leaking_before` are rows of other label files that are judged
-    on. `started` is Unix time.
+    on. `known_files` are all label files, where mining must know of more positives than `files` have. `started` is Unix
+    time.
     """
 
     key: str
@@ -72,6 +73,7 @@ class Retraining:
     parts: Mapping[str, str]
     num_leaking_before: int = 0
     judges_base: bool = False
+    known_files: tuple[LabelFile, ...] = ()
 
     @property
     def baseline(self) -> str:

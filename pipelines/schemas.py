@@ -48,6 +48,10 @@ REASONS: Mapping[str, str] = {
 }
 
 
+#: Those of REASONS that are about the model or the machine: the candidate itself could be scored.
+SCORING_FAILURES = ("score_not_finite", "scoring_error", "scoring_crash")
+
+
 def thin_schema(pass_through: Sequence[pa.Field]) -> pa.Schema:
     """Rows after scoring: a candidate each, without texts and tokens. `item` is its place in a nested list.
 

@@ -37,7 +37,10 @@ Values = Mapping[str, Mapping[str, float]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class System:
-    """A ranking to judge. Without `has_depths` it is not looked at by depths."""
+    """A ranking to judge. Without `has_depths` it is not looked at by depths.
+
+    `num_failed` candidates are not in it because scoring them failed.
+    """
 
     name: str
     kind: str
@@ -45,6 +48,7 @@ class System:
     run: Run
     has_depths: bool = True
     pairs_per_second: float | None = None
+    num_failed: int = 0
     notes: tuple[str, ...] = ()
 
 
@@ -143,6 +147,7 @@ def _collection_result(
                 segments=segments[system.name],
                 num_without_ranking=sum(not system.run.get(query) for query in qrels),
                 pairs_per_second=system.pairs_per_second,
+                num_failed=system.num_failed,
                 notes=system.notes,
             )
             for system in collection.all_systems

@@ -31,6 +31,9 @@ class Gate:
     is too noisy to be held against a model.
     `max_slowdown`: time per pair, at most so many times the baseline's. Both are timed while they score, one after the
     other: on a machine that is busy with other work the two times do not compare.
+
+    Beside these, scoring must not have failed for any candidate, of either system: one that lacks a document for that
+    is worse by it, or better, and says nothing about the model.
     """
 
     metric: str = "nDCG@10"
@@ -108,6 +111,7 @@ def decide(gate: Gate, evaluation: Evaluation, candidate: str) -> Decision:
             found, baseline = collection.system(candidate), collection.system(evaluation.baseline)
         except KeyError as missing:
             raise ConfigError(f"{missing.args[0]!r} was not evaluated on {collection.collection!r}") from None
+        checks += _failures(collection, found, baseline)
         checks += _gain(gate, collection, found, baseline)
         checks += _depths(gate, collection, found)
         checks += _segments(gate, collection, found)
@@ -124,6 +128,17 @@ def _collections(gate: Gate, evaluation: Evaluation) -> tuple[CollectionResult, 
     except KeyError:
         names = ", ".join(collection.collection for collection in evaluation.collections)
         raise ConfigError(f"the gate names the collection {gate.collection!r}; evaluated are {names}") from None
+
+
+def _failures(collection: CollectionResult, found: SystemResult, baseline: SystemResult) -> Iterator[Check]:
+    for system in (baseline, found):
+        if system.num_failed:
+            words = (
+                f"scoring failed for {system.num_failed:,} candidates of {collection.collection} with {system.system}:"
+                " its ranking lacks them, and figures do not compare; evaluate again, and if it fails again take what"
+                " quarantine/ of its run names out of the collection"
+            )
+            yield Check("failures", False, words)
 
 
 def _gain(gate: Gate, collection: CollectionResult, found: SystemResult, baseline: SystemResult) -> Iterator[Check]:

@@ -85,6 +85,7 @@ class SystemResult:
     segments: tuple[SegmentFigure, ...]
     num_without_ranking: int  # judged queries that this system has no ranking for: they count as 0
     pairs_per_second: float | None
+    num_failed: int = 0  # candidates that are not ranked because scoring them failed
     notes: tuple[str, ...] = ()
 
     def figure(self, measure: str) -> Figure:

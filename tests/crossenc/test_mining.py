@@ -117,6 +117,20 @@ def test_the_best_of_equal_texts_is_taken():
     assert chosen(candidates) == "c"
 
 
+def test_what_is_known_to_be_right_is_no_negative_and_gives_no_query_its_positive():
+    candidates = query([9.0, 6.0, 5.0, 4.0], texts=["p", "x", "Known", "z"], keys=("p",))
+    candidates = replace(candidates, known_ids={"b"}, known_keys={text_key("known")})
+    assert chosen(candidates) == "d"
+    assert excluded(candidates) == {"positive": 2, "equals_positive": 1}
+    assert excluded(candidates, absolute_margin=2.5)["absolute_margin"] == 1, "6.0 is the lowest-scored that is right"
+    others = Others(["b", "m", "n"], [text_key("other"), text_key("KNOWN"), text_key("new")])
+    assert chosen(candidates, others, num_negatives=3, random_share=0.7) == "dn"
+    assert mine(replace(candidates, positive_ids=()), MineSettings()).left_out == "no_positive"
+    assert mine(replace(candidates, positive_keys=()), MineSettings()).left_out == "positive_without_text"
+    unscored = replace(candidates, scores=np.array([NAN, 6.0, 5.0, 4.0]))
+    assert mine(unscored, MineSettings(require_scores=True)).left_out == "positive_without_score"
+
+
 def test_a_positive_whose_text_comes_from_elsewhere_is_kept_out_as_well():
     candidates = query(texts=["x", "the positive", "y"], positives=("absent",), keys=("The  positive",))
     assert chosen(candidates) == "ac"
@@ -163,6 +177,12 @@ def test_others_are_no_positives_no_candidates_and_no_repeated_texts():
         chosen(replace(candidates, query_id=f"q{i}"), others, num_negatives=5, random_share=0.6) for i in range(30)
     }
     assert picks == {"bcr", "bcs"}
+
+
+def test_a_copy_of_a_candidate_that_a_rule_left_out_is_not_drawn_from_others():
+    candidates = query([9.0, 8.9, 1.0], texts=["p", "probably right", "z"], keys=("p",))
+    others = Others(["m", "n"], [text_key("Probably  right"), text_key("new")])
+    assert chosen(candidates, others, num_negatives=3, random_share=0.7, relative_margin=0.05) == "cn"
 
 
 def test_a_share_that_others_cannot_fill_is_short_and_not_made_up_from_the_candidates():

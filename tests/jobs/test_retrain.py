@@ -7,6 +7,7 @@ import yaml
 
 from jobs import retrain
 from pipelines import retrain as retraining
+from pipelines.train_data import NothingToLearnError
 from tests.support.retraining import World, quick_world
 
 
@@ -44,6 +45,19 @@ def test_what_is_stopped_or_overtaken_exits_with_75(world, job, monkeypatch):
         outcome = retraining.Outcome(state, "run it again")
         monkeypatch.setattr(retraining, "retrain", lambda *_, outcome=outcome, **__: outcome)
         assert retrain.run(job) == 75
+
+
+def test_labels_that_give_no_list_exit_with_2_as_readme_and_help_say(world, job, monkeypatch):
+    world.week(1)
+
+    def without_lists(*_: object, **__: object) -> None:
+        raise NothingToLearnError("labels have no list for train")
+
+    monkeypatch.setattr(retraining.training, "train", without_lists)
+    assert retrain.run(job) == 2
+    says = "2 bad configuration or input, with labels that give no list to train on"
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert all(says in " ".join(text.split()) for text in (readme, retrain.command.__doc__ or ""))
 
 
 def test_a_dry_run_shows_settings_and_steps_and_writes_nothing(world, job, capsys):

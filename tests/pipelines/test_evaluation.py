@@ -12,9 +12,11 @@ import pytest
 from crossenc.errors import ConfigError, InputError, RunConflictError
 from crossenc.evaluation.gate import Gate, decide
 from pipelines import evaluation, lease, rankings
+from pipelines import rerank as reranking
 from pipelines.evaluation import Outcome, evaluate, resolve
 from pipelines.evaluation_config import EvaluateConfig
 from pipelines.evaluation_output import load
+from pipelines.records import ShardCounts
 from pipelines.storage import locate, put
 from pipelines.testing import FakeModel
 from tests.support.collections import Collection, make_collection, plain_ranking
@@ -122,6 +124,22 @@ def test_models_and_rankings_are_judged_together_stopped_resumed_and_written_abo
     (folder / "_SUCCESS").unlink()
     with pytest.raises(InputError, match="not the output of a finished rerank run"):
         run(settings(collection, tmp_path, systems=last_week, output=str(tmp_path / "other")))
+
+
+def test_candidates_that_scoring_failed_for_are_counted_and_those_that_no_model_could_score_are_not(
+    collection, tmp_path, monkeypatch
+):
+    refused = {"document_empty": 2, "score_not_finite": 2, "scoring_crash": 1}
+    numbers = dict.fromkeys(("num_queries", "num_scored", "num_results", "num_tokens"), 0)
+    numbers |= {"num_candidates": 120, "num_padded_tokens": 0, "num_truncated": 0}
+    counts = ShardCounts(**numbers, refused=refused, score_histogram=(), length_histogram=())
+    monkeypatch.setattr(
+        evaluation, "rerank", lambda config, **_: reranking.Outcome("done", locate(config.output), "done", counts)
+    )
+    found = run(settings(collection, tmp_path)).evaluation
+    assert found is not None and found == load(locate(str(tmp_path / "out")))
+    assert [system.num_failed for system in found.collections[0].systems] == [0, 3]
+    assert "scoring failed for 3 candidates" in "; ".join(decide(Gate(), found, "fake").reasons)
 
 
 def reading(collection: Collection, tmp_path: Path, **more) -> EvaluateConfig:

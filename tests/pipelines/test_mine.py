@@ -18,6 +18,7 @@ import yaml
 
 from crossenc.errors import InputError, RunConflictError
 from pipelines import lease, logs
+from pipelines import mine as mining
 from pipelines.config import RerankConfig
 from pipelines.mine import Outcome, mine
 from pipelines.mine_config import MineConfig
@@ -257,6 +258,23 @@ def test_a_rerank_run_s_model_scores_are_what_the_rules_look_at(collection, tmp_
     assert counts(outcome).num_candidates == 200
 
 
+def test_the_tables_beside_a_rerank_run_are_read_by_the_names_that_it_had_for_columns(
+    collection, tmp_path, monkeypatch
+):
+    inputs = collection.write("ids")
+    for name, column in (("corpus", "abstract"), ("queries", "wording")):
+        table = pd.read_parquet(inputs[name])
+        table.assign(**{column: table.text}).to_parquet(inputs[name], index=False)
+    shared = {"qrels": write_qrels(collection), "output": str(tmp_path / "out")}
+    named = MineConfig(**inputs, **shared, columns={"text": "abstract", "query": "wording"})
+    plan = mining.make_plan(mining.resolve(named))
+    monkeypatch.setattr(mining, "finished_rerank", lambda *_: (plan, {}))
+    tables = {name: inputs[name] for name in ("queries", "corpus")}
+    job = mining.resolve(MineConfig(reranked=str(tmp_path / "reranked"), **tables, **shared))
+    assert job.queries is not None and job.queries.text_column == "wording"
+    assert job.corpus is not None and job.corpus.text_column == "abstract"
+
+
 @pytest.mark.usefixtures("ray_cluster")
 def test_candidates_below_a_rerank_run_s_top_k_have_no_score(collection, tmp_path):
     run_folder, _ = reranked(collection, "pairs", tmp_path / "reranked", top_k=4)
@@ -298,6 +316,36 @@ def test_a_positive_that_is_no_candidate_comes_from_the_corpus_or_is_counted(col
     assert all(row["docs"][0] == f"  {text.upper()} " and text not in row["docs"] for row in read(tmp_path / "with"))
     scored = counts(run(tmp_path / "scored", **settings, corpus=str(corpus), scores=True))
     assert scored.left_out == {"no_positive": 18, "positive_without_score": 2}
+
+
+def test_known_positives_are_no_negatives_of_their_query_and_are_not_learned(collection, tmp_path):
+    pairs, settings = collection.pairs, collection.write("ids")
+    top = pairs[pairs.query_id == "q0000"].sort_values("score", ascending=False)
+    top = top[~top.text.duplicated(keep=False)]
+    (tmp_path / "new.txt").write_text(f"q0000 0 {top.doc_id.iloc[0]} 1\n")
+    known = f"q0000 0 {top.doc_id.iloc[1]} 1\nq0001 0 {pairs.doc_id.iloc[10]} 1\n"
+    elsewhere = pairs[~pairs.text.isin(top.text)].iloc[0]
+    (tmp_path / "known.txt").write_text(f"{known}q0000 0 {elsewhere.doc_id} 1\n")
+    settings |= {"qrels": str(tmp_path / "new.txt"), "num_negatives": 2}
+    run(tmp_path / "plain", **settings)
+    assert read(tmp_path / "plain")[0]["docs"] == top.text.iloc[:3].tolist()
+    found = counts(run(tmp_path / "out", **settings, known_positives=str(tmp_path / "known.txt")))
+    [row] = read(tmp_path / "out")
+    assert row["docs"] == top.text.iloc[[0, 2, 3]].tolist() and row["labels"] == [1.0, 0.0, 0.0]
+    assert (found.num_mined, found.num_positives, found.excluded["positive"]) == (1, 1, 2)
+    with pytest.raises(RunConflictError, match="option known_positives"):
+        run(tmp_path / "out", **settings)
+
+
+def test_of_positives_with_one_text_the_one_of_the_best_grade_is_learned(collection, tmp_path):
+    pairs = collection.pairs[collection.pairs.query_id == "q0000"].copy()
+    pairs["text"] = ["One text", "another text", "one  TEXT", *pairs.text[3:]]
+    grades = zip(pairs.doc_id[:3], (1, 2, 3), strict=True)
+    (tmp_path / "qrels.txt").write_text("".join(f"q0000 0 {doc_id} {grade}\n" for doc_id, grade in grades))
+    inputs = Collection(pairs, collection.folder).write("pairs")
+    found = counts(run(tmp_path / "out", qrels=str(tmp_path / "qrels.txt"), **inputs, num_negatives=1))
+    assert read(tmp_path / "out")[0]["docs"][:2] == ["one  TEXT", "another text"]
+    assert (found.num_positives, found.dropped_positives) == (2, {"repeated_text": 1})
 
 
 def test_bad_rows_are_quarantined_with_their_place_and_everything_else_is_mined(collection, tmp_path):

@@ -4,6 +4,8 @@ import gzip
 import io
 import json
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from crossenc.errors import ConfigError, CrossEncError, InputError, RunConflictE
 from crossenc.evaluation.results import FIRST_STAGE
 from crossenc.testing import tiny_checkpoint
 from jobs import status as status_job
-from pipelines import lease, registry
+from pipelines import evaluation, lease, registry
 from pipelines import retrain as retraining
 from pipelines import retrain_records as records
 from pipelines.retrain import Outcome, describe, needs, resolve, retrain
@@ -238,6 +240,25 @@ def test_judgements_become_lists_with_mined_negatives(world):
     assert len(lists) == 39 and all(row["labels"] == [1.0, 0.0, 0.0] for row in lists)
 
 
+def test_a_positive_of_earlier_labels_is_no_negative_where_only_new_ones_are_mined_for(world):
+    settings = judgements(world)
+    settings["mine"]["num_negatives"] = 4
+    judge(world, 1, first=2)
+    ended(world, "refused", use="new", **settings)
+    new = pd.DataFrame([("tq2", "d2-1", 1), ("tq3", "d3-5", 1)], columns=["query_id", "doc_id", "label"])
+    new.to_parquet(world.folder / "labels/week-2.parquet", index=False)
+    stopped = go(world, use="new", should_stop=lambda: True, **settings)
+    judge(world, 3, first=3)  # what comes meanwhile is for the next one
+    outcome = go(world, use="new", **settings)
+    assert stopped.state == "stopped" and outcome.folder == stopped.folder, outcome.message
+    texts = pd.read_parquet(world.folder / "corpus.parquet").set_index("doc_id").text
+    lists = {row["docs"][0]: row["docs"][1:] for row in pq.read_table(folder_of(outcome) / "mined/data").to_pylist()}
+    assert lists == {
+        texts["d2-1"]: texts[["d2-2", "d2-3", "d2-4"]].tolist(),
+        texts["d3-5"]: texts[["d3-1", "d3-2", "d3-3", "d3-4"]].tolist(),
+    }
+
+
 @pytest.mark.parametrize("name", ["w.parquet", "frame.parquet", "w.jsonl", "w.jsonl.gz", "w.arrow"])
 def test_a_label_file_without_rows_is_passed_over_and_named(world, name):
     path = world.week(1).with_name(name)
@@ -294,6 +315,27 @@ def test_a_training_without_lists_is_void_and_another_failure_names_the_remedy(w
     monkeypatch.setattr(retraining.training, "train", real)
     world.week(2)
     assert next_one(world) == [("week-1.parquet", True), ("week-2.parquet", True)]
+
+
+def test_a_current_version_that_could_not_score_everything_is_not_beaten_until_it_is_evaluated_again(
+    world, monkeypatch
+):
+    world.week(1, share_right=0.5)
+    current = go(world)
+    world.week(2)
+    real = evaluation._read
+    failed = {folder_of(current).name: 2}
+    monkeypatch.setattr(evaluation, "_read", lambda s, *rest: replace(real(s, *rest), num_failed=failed.get(s.name, 0)))
+    refused = go(world)
+    assert refused.state == "refused" and "2 candidates of clicks with " + folder_of(current).name in refused.message
+    assert "evaluate again" in (folder_of(refused) / "report.html").read_text()
+    failed.clear()
+    assert go(world).state == "nothing new"
+    shutil.rmtree(folder_of(refused) / "evaluation")
+    for name in ("decision.json", "ending.json"):
+        (folder_of(refused) / name).unlink()
+    outcome = go(world)
+    assert outcome.state == "promoted" and outcome.folder == refused.folder
 
 
 def test_leaks_are_refused_by_name_and_dropped_where_that_is_asked_for(world):
@@ -549,6 +591,11 @@ def test_the_sections_of_the_job_make_the_settings_of_the_steps(world):
     judged = config.evaluate_config({"v1": "a", "v2": "b"}, "v1", "evaluation")
     assert [system.name for system in judged.systems] == ["v1", "v2"] and judged.max_text_bytes == 1000
     assert needs(config, 4)["CPU"] >= 2 * 2
+    own_texts = {"candidates": "pairs.parquet", "corpus": "c.parquet", "columns": {"text": "abstract"}}
+    with_corpus = world.config(labels={"files": "labels", **tables}, mine=own_texts)
+    scored, mined = with_corpus.rerank_config("current", "r"), with_corpus.mine_config(("a",), "r", "m")
+    assert (scored.corpus, scored.columns) == (None, {"text": "abstract"}) and mined.corpus == "c.parquet"
+    assert with_corpus.mine_config(("a",), None, "m").columns == {"text": "abstract"}
     faster = config.model_copy(update={"mine": config.mine.model_copy(update={"workers": 4}), "price_per_hour": 2.0})
     assert faster.result_options() == config.result_options()
     assert world.config(use="new").result_options() != world.config().result_options()

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import tracemalloc
+from array import array
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,6 +15,7 @@ from pipelines.evaluation_inputs import find
 from pipelines.retrain_leaks import (
     FixedQueries,
     Judged,
+    Query,
     find_leaks,
     fixed_queries,
     label_queries,
@@ -63,7 +66,8 @@ def fixed_of(folder: Path, layout: str) -> FixedQueries:
 
 def leaks(data: LabelledData, fixed: FixedQueries) -> list[tuple[str, int, str]]:
     found = find_leaks(label_queries(data, list_files(data, {}), {}, LIMIT), fixed)
-    return [(leak.query.file.location.name, leak.query.row, leak.judged.query_id) for leak in found]
+    assert found.num_rows == len(found.first), "each judged query leaks once here"
+    return [(leak.query.file.location.name, leak.query.row, leak.judged.query_id) for leak in found.first.values()]
 
 
 @pytest.mark.parametrize("layout", ["pairs", "tables", "beir"])
@@ -117,7 +121,7 @@ def test_labels_given_as_ids_leak_by_their_texts_and_by_ids_whose_text_is_not_kn
     tables = {"queries": str(tmp_path / "q.parquet"), "corpus": str(tmp_path / "c.parquet")}
     data = LabelledData(files=str(tmp_path / "l.parquet"), **tables)
     assert leaks(data, fixed) == [("l.parquet", 1, "q2"), ("l.parquet", 2, "q1")]
-    by_id, by_text = find_leaks(label_queries(data, list_files(data, {}), {}, LIMIT), fixed)
+    by_id, by_text = find_leaks(label_queries(data, list_files(data, {}), {}, LIMIT), fixed).first.values()
     assert str(by_id).endswith("is q2 of set by its id") and str(by_text).endswith("is q1 of set")
 
 
@@ -133,6 +137,17 @@ def test_an_id_beside_a_text_counts_where_the_judged_text_is_not_known(tmp_path,
     (tmp_path / "l.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = LabelledData(files=str(tmp_path / "l.jsonl"), columns={"query_id": "number"})
     assert leaks(data, known) == [("l.jsonl", 0, "qx")]
+
+
+def test_memory_does_not_grow_with_queries_and_leaks(tmp_path, fixed):
+    [file] = list_files(LabelledData(files=str(tmp_path / "fixed.parquet")), {})
+    texts = (f"{SHARD}{' ' * 1000}" if row % 2 else f"{row}{OTHER * 50}" for row in range(4000))
+    tracemalloc.start()
+    found = find_leaks((Query(file, row, str(row), text) for row, text in enumerate(texts)), fixed)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert list(found.rows.items()) == [(file.location.uri, array("q", range(1, 4000, 2)))]
+    assert [leak.query.row for leak in found.first.values()] == [1] and peak < 200_000
 
 
 def test_a_judged_query_without_a_text_is_known_by_its_id(tmp_path):

@@ -74,6 +74,17 @@ def test_a_better_model_is_promoted_with_all_figures_as_reasons():
     assert by_no_chance.reasons[1].startswith("one-sided p < 0.0001 on")
 
 
+@pytest.mark.parametrize("guilty", ["current", "new"])
+def test_a_ranking_that_lacks_what_could_not_be_scored_decides_nothing(guilty):
+    found = evaluation()
+    [one] = found.collections
+    systems = tuple(replace(each, num_failed=3 * (each.system == guilty)) for each in one.systems)
+    decision = decide(Gate(), replace(found, collections=(replace(one, systems=systems),)), "new")
+    [reason] = decision.reasons
+    assert not decision.promote and reason.startswith(f"scoring failed for 3 candidates of medquad with {guilty}: ")
+    assert "; evaluate again, and if it fails again" in reason
+
+
 @pytest.mark.parametrize(
     ("gate", "found", "rule", "words"),
     [
