@@ -91,7 +91,7 @@ def _parquet_qrels(file: FileInfo) -> Iterable[tuple[str, str, int]]:
         if not means_damage(error):
             raise
         raise InputError(f"{file.location} cannot be read ({first_line(error)}); restore the file") from None
-    ids = [_as_text(as_binary(table.column(name).combine_chunks())).to_pylist() for name in names]
+    ids = [ids_as_text(as_binary(table.column(name).combine_chunks())).to_pylist() for name in names]
     grades = table.column(relevance).to_pylist()
     for row, (query_id, doc_id, grade) in enumerate(zip(*ids, grades, strict=True)):
         if query_id is None or doc_id is None or grade is None or not float(grade).is_integer():
@@ -204,12 +204,12 @@ def _judged_candidates(file: FileInfo, columns: Columns, wanted: pa.Array) -> It
         leaves = _leaves(stored.schema, ids_only)
         size = _NESTED_BATCH_ROWS if columns.layout == "nested" else _BATCH_ROWS
         for batch in stored.iter_batches(batch_size=size, columns=leaves):
-            query_ids = _as_text(as_binary(batch.column(columns.query_id)))
+            query_ids = ids_as_text(as_binary(batch.column(columns.query_id)))
             chosen = batch.filter(pc.is_in(query_ids, wanted))
             if chosen.num_rows == 0:
                 continue
             raw = flatten(chosen, ids_only, 0)
-            values = (_as_text(raw.query_id), _as_text(raw.doc_id), raw.rank, raw.score)
+            values = (ids_as_text(raw.query_id), ids_as_text(raw.doc_id), raw.rank, raw.score)
             rows = pa.table(
                 [
                     pa.nulls(len(raw.row), field.type) if value is None else value.cast(field.type)
@@ -230,7 +230,7 @@ def _leaves(schema: pq.ParquetSchema, columns: Columns) -> list[str]:
     return [columns.query_id, *inside]
 
 
-def _as_text(ids: pa.Array) -> pa.Array:
+def ids_as_text(ids: pa.Array) -> pa.Array:
     """Ids as strings; what is not UTF-8 becomes null, as in the run it is refused."""
     try:
         return ids.cast(pa.large_string()).cast(pa.string())

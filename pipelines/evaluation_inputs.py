@@ -15,15 +15,15 @@ import pyarrow.parquet as pq
 from crossenc.errors import InputError
 from crossenc.records import Qrels
 from pipelines import rankings
-from pipelines.evaluate import read_qrels
+from pipelines.evaluate import ids_as_text, read_qrels
 from pipelines.evaluation_config import CollectionConfig
 from pipelines.inputs import naming_damage, read_footer
-from pipelines.layout import ALIASES, Finder
+from pipelines.layout import ALIASES, Finder, check_id
 from pipelines.lines import json_lines
 from pipelines.plan import Plan
 from pipelines.rankings import Ranking, Tables
 from pipelines.storage import FileInfo, expand, locate, open_input
-from pipelines.texts import JSON_IDS, TextTable, find_table
+from pipelines.texts import JSON_IDS, TextTable, as_binary, find_table
 
 #: More values than this are no segments.
 _MAX_SEGMENTS = 50
@@ -210,6 +210,7 @@ def _parquet_rows(
     own = {role: name for role, name in names.items() if name in schema.names}
     finder = Finder(schema, own, str(file.location))
     query_id = finder.required("query_id")
+    check_id(schema, query_id, str(file.location))
     for column in columns:
         finder.check_present(column, "where and segments")
         if pa.types.is_nested(schema.field(column).type):
@@ -217,7 +218,7 @@ def _parquet_rows(
     with naming_damage(f"{file.location} cannot be read"), open_input(file) as stream:
         for batch in pq.ParquetFile(stream, page_checksum_verification=True).iter_batches(columns=[query_id, *columns]):
             rows = zip(*(batch.column(column).to_pylist() for column in columns), strict=True)
-            yield from zip(map(str, batch.column(query_id).to_pylist()), rows, strict=True)
+            yield from zip(ids_as_text(as_binary(batch.column(query_id))).to_pylist(), rows, strict=True)
 
 
 def _json_rows(file: FileInfo, columns: Sequence[str], names: Mapping[str, str]) -> Iterator[tuple[str, Sequence[Any]]]:

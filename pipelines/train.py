@@ -187,7 +187,8 @@ def train(
     display = TrainProgress(stream)
     lost: list[str] = []
 
-    with lease.hold(job.output, display.snapshot, lost.append, display.say), contextlib.ExitStack() as stack:
+    held = lease.hold(job.output, display.snapshot, lost.append, display.say)
+    with held as epoch, contextlib.ExitStack() as stack:
         if new_run:
             remove_run(job.output)
         started = _begin(job)
@@ -208,8 +209,9 @@ def train(
                 ending = Ending("stopped")
         if ending.state == "failed":
             raise CrossEncError(ending.message)
-        if ending.state == "stopped":
-            message = lost[0] if lost else f"stopped; run the same command again to resume {job.output}"
+        overtaken = lost[0] if lost else lease.overtaken(job.output, epoch)
+        if ending.state == "stopped" or overtaken:
+            message = overtaken or f"stopped; run the same command again to resume {job.output}"
             return Outcome("stopped", job.output, message)
         display.say("writing the model and the report …")
         result = train_finish.finish(run, display.say)

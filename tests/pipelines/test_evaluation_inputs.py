@@ -139,6 +139,16 @@ def test_columns_of_queries_choose_queries_and_make_segments(collection, tmp_pat
     assert list(found.qrels) == ["q0000", "q0006"]
 
 
+def test_queries_are_found_by_ids_of_other_types_or_the_file_is_named(collection, tmp_path):
+    table = pd.DataFrame({"qid": [f"q{q:04d}".encode() for q in range(8)], "split": ["test"] * 5 + ["dev"] * 3})
+    table.to_parquet(tmp_path / "columns.parquet")
+    settings = {"query_columns": str(tmp_path / "columns.parquet"), "where": {"split": "test"}}
+    assert list(judged(collection, **settings).qrels) == [f"q{q:04d}" for q in range(5)]
+    table.assign(qid=[*map(float, range(7)), None]).to_parquet(tmp_path / "columns.parquet")
+    with pytest.raises(InputError, match=r"columns.parquet: column 'qid' is double, but ids must be text or integers"):
+        judged(collection, **settings)
+
+
 def test_columns_of_the_candidates_serve_where_there_is_no_table_of_queries(collection, tmp_path):
     with_kind = Collection(collection.pairs.assign(kind=collection.pairs.query_id.str[-1]), collection.folder)
     found = judged(with_kind, "pairs", where={"kind": ["1", "2"]})

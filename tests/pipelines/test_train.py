@@ -4,6 +4,7 @@ import io
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,7 @@ from crossenc import CrossEncoder
 from crossenc.errors import ConfigError, CrossEncError, RunConflictError
 from crossenc.testing import WORDS, tiny_checkpoint
 from jobs import status as status_job
+from pipelines import lease
 from pipelines import train as training
 from pipelines.silence import Silence
 from pipelines.status import look_at_training
@@ -164,6 +166,20 @@ def test_a_training_that_gets_no_further_says_what_its_cluster_lacks(scene, tmp_
         train(config(scene, output, workers={"cpus": 1, **workers}), connect=lambda: 2, stream=stream)
         assert "no part of the data was prepared and no step taken for 0 s" in stream.getvalue()
         assert ("3 CPUs are needed and Ray has 1; add a node, or" in stream.getvalue()) is lacks
+
+
+def test_a_run_that_was_overtaken_does_not_finish(scene, tmp_path, monkeypatch):
+    folder = tmp_path / "out" / lease.LEASE_FOLDER
+
+    def overtaken(*_):
+        (folder / "epoch-000002.json").write_bytes((folder / "epoch-000001.json").read_bytes())
+        return training.Ending("done")
+
+    monkeypatch.setattr(training, "_prepared", lambda *_: SimpleNamespace(fingerprint="0" * 64))
+    monkeypatch.setattr(training, "_fit", overtaken)
+    outcome = train(config(scene, tmp_path / "out"), connect=lambda: 2, stream=io.StringIO())
+    assert outcome.state == "stopped" and "took this output over" in outcome.message
+    assert not (tmp_path / "out" / "_SUCCESS").exists()
 
 
 def test_silence_is_complained_of_again_when_it_has_doubled_and_progress_ends_it(monkeypatch):
