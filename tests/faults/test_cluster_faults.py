@@ -93,6 +93,7 @@ def check(scene: Scene, driver: DriverProcess, folder: Path, timeout_seconds: fl
     assert (folder / "out" / "_SUCCESS").exists()
 
 
+@pytest.mark.faults
 def test_a_killed_raylet_costs_nothing(scene, nodes, starter, tmp_path):
     driver = begin(starter, nodes, scene.job(tmp_path))
     scoring_node(nodes).kill_raylet()
