@@ -71,12 +71,12 @@ def score_pairs(
     if isinstance(device, list) and pool is None:
         with model.start_multi_process_pool(device) as own_pool:
             return score_pairs(model, queries, documents, settings, None, own_pool, chunk_size)
+    check_texts(queries, "query")  # all of them now, so that an error names the place among all
+    check_texts(documents, "document")
     if pool is None:
         if device is not None:
             model.to(torch.device(device))  # type: ignore[arg-type]  # no list, as seen above
         return _score_here(model, queries, documents, settings)
-    check_texts(queries, "query")  # here, so that an error names the place among all
-    check_texts(documents, "document")
     pairs = list(zip(queries, documents, strict=True))
     own_activation = replace(
         settings, activation_fn=settings.activation_fn or model.activation_fn, shows_progress=False
@@ -91,8 +91,6 @@ def _score_here(
     check_activation(settings.activation_fn)
     engine = model.engine.with_limits(settings.activation_fn, settings.batch_size)
     tokenizer = model.pair_tokenizer(settings.processing_kwargs)
-    check_texts(queries, "query")  # all of them now, so that an error names the place among all
-    check_texts(documents, "document")
 
     def tokenise(start: int) -> TokenizedPairs:
         chunk = slice(start, start + PAIRS_AHEAD)

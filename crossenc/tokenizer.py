@@ -259,10 +259,7 @@ def token_ids(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> lis
     return ids
 
 
-def load_tokenizer(
-    folder: str | Path,
-    max_length: int | None = None,
-) -> "PairTokenizer | ChatTokenizer":
+def load_tokenizer(folder: str | Path, max_length: int | None = None) -> "PairTokenizer | ChatTokenizer":
     """Load the tokenizer of a local checkpoint folder.
 
     `max_length` defaults to the smaller of what the tokenizer states and what the positions allow. An explicit one

@@ -39,7 +39,7 @@ from pipelines.storage import (
     open_input,
     probe,
 )
-from pipelines.texts import TextTable, default_cache, find_table
+from pipelines.texts import TextTable, default_cache, find_tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +74,7 @@ def resolve(config: RerankConfig, model: Model | None = None, *, new_run: bool =
     output = locate(config.output, config.storage_options)
     check_apart(output, [*config.candidate_uris, config.queries, config.corpus, config.qrels])
     files = list_candidates(config)
-    queries = corpus = None
-    if config.queries and config.corpus:
-        queries = find_table("query", config.queries, "query_id", config.columns, config.storage_options)
-        corpus = find_table("document", config.corpus, "doc_id", config.columns, config.storage_options)
+    queries, corpus = find_tables(config.queries, config.corpus, config.columns, config.storage_options)
     fit = config.interpolate.fit if config.interpolate else None
     fitted_on = expand(locate(fit, config.storage_options), ".parquet") if fit else []
     for judgements in filter(None, (fit, config.qrels)):
