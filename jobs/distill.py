@@ -7,8 +7,8 @@ import typer
 from rich.console import Console
 
 from crossenc.distillation import LEFT_OUT, RULES
+from jobs import cluster, runtime
 from jobs import config as job_config
-from jobs import runtime
 from jobs.mine import show_numbers
 from jobs.train import show_result
 from pipelines.distill_config import DistillConfig
@@ -24,7 +24,7 @@ def run(job: str, overrides: tuple[str, ...] = (), *, dry_run: bool = False, new
     """Runs the job file and returns the exit code."""
 
     def body(stop: runtime.StopSignal) -> int:
-        # Imported here because it imports torch, which other verbs need not wait for.
+        # Imported here because it imports torch, which --help need not wait for.
         from pipelines.distill import describe, distill, needs
 
         config = job_config.load(DistillConfig, job, overrides)
@@ -32,10 +32,10 @@ def run(job: str, overrides: tuple[str, ...] = (), *, dry_run: bool = False, new
             job_config.show(config, describe(config))
             return runtime.DONE
         stop.drain()
-        with runtime.disconnected_at_end():
+        with cluster.disconnected_at_end():
             outcome = distill(
                 config,
-                connect=lambda: runtime.connect(config.ray_address, lambda cores: needs(config, cores), stop),
+                connect=lambda: cluster.connect(config.ray_address, lambda cores: needs(config, cores), stop),
                 stream=sys.stderr,
                 should_stop=stop,
                 new_run=new_run,

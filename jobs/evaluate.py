@@ -11,8 +11,8 @@ from rich.text import Text
 
 from crossenc.evaluation.metrics import display_name
 from crossenc.evaluation.results import CollectionResult, Evaluation, Figure
+from jobs import cluster, runtime
 from jobs import config as job_config
-from jobs import runtime
 from pipelines import evaluation
 from pipelines.evaluation_config import EvaluateConfig
 from pipelines.evaluation_report import verdict
@@ -38,10 +38,10 @@ def run(
         if dry_run:
             job_config.show(config, evaluation.describe(evaluation.resolve(config, models)))
             return runtime.DONE
-        with runtime.disconnected_at_end():
+        with cluster.disconnected_at_end():
             outcome = evaluation.evaluate(
                 config,
-                connect=lambda run: runtime.connect(run.ray_address, lambda cores: needs(run, cores), stop),
+                connect=lambda run: cluster.connect(run.ray_address, lambda cores: needs(run, cores), stop),
                 stream=sys.stderr,
                 should_stop=stop,
                 models=models,

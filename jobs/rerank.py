@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from jobs import cluster, runtime
 from jobs import config as job_config
-from jobs import runtime
 from pipelines.config import RerankConfig
 from pipelines.estimate import estimate
 from pipelines.execute import needs
@@ -31,10 +31,10 @@ def run(
         if dry_run:
             job_config.show(config, estimate(config, model).lines())
             return runtime.DONE
-        with runtime.disconnected_at_end():
+        with cluster.disconnected_at_end():
             outcome = rerank(
                 config,
-                connect=lambda: runtime.connect(config.ray_address, lambda cores: needs(config, cores), stop),
+                connect=lambda: cluster.connect(config.ray_address, lambda cores: needs(config, cores), stop),
                 stream=sys.stderr,
                 should_stop=stop,
                 model=model,

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from jobs import cluster, runtime
 from jobs import config as job_config
-from jobs import runtime
 from pipelines.progress import visible
 from pipelines.retrain_config import RetrainConfig
 
@@ -36,17 +36,17 @@ def run(
     """Runs the job file and returns the exit code. With `refused_ok` a refusal is 0, too."""
 
     def body(stop: runtime.StopSignal) -> int:
-        # Imported here because it imports torch, which other verbs need not wait for.
+        # Imported here because it imports torch, which --help need not wait for.
         from pipelines.retrain import describe, needs, resolve, retrain
 
         config = job_config.load(RetrainConfig, job, overrides)
         if dry_run:
             job_config.show(config, describe(resolve(config)))
             return runtime.DONE
-        with runtime.disconnected_at_end():
+        with cluster.disconnected_at_end():
             outcome = retrain(
                 config,
-                connect=lambda: runtime.connect(config.ray_address, lambda cores: needs(config, cores), stop),
+                connect=lambda: cluster.connect(config.ray_address, lambda cores: needs(config, cores), stop),
                 stream=sys.stderr,
                 should_stop=stop,
                 new_run=new_run,

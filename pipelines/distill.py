@@ -29,10 +29,10 @@ from pipelines.distill_config import DistillConfig
 from pipelines.distill_lists import ListCounts, list_job
 from pipelines.estimate import estimate
 from pipelines.evaluate import read_qrels
-from pipelines.finish import SUCCESS_FILE, first_changed
+from pipelines.finish import first_changed
 from pipelines.model import CheckpointModel, choose, from_config
 from pipelines.plan import RUN_FOLDER
-from pipelines.records import JobState
+from pipelines.records import SUCCESS_FILE, JobState
 from pipelines.storage import Location, check_apart, delete, exists, list_files, locate, put, put_new, read_bytes
 from pipelines.stored_files import store_model
 from pipelines.train_config import TrainConfig

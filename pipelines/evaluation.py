@@ -31,11 +31,10 @@ from pipelines.evaluation_output import (
     write,
 )
 from pipelines.evaluation_texts import Prepared, prepare
-from pipelines.finish import REPORT_FILE, SUCCESS_FILE
 from pipelines.model import Model, choose, from_config
 from pipelines.progress import announce
 from pipelines.rankings import Ranking
-from pipelines.records import JobState, ShardCounts
+from pipelines.records import REPORT_FILE, SUCCESS_FILE, JobState, ShardCounts
 from pipelines.rerank import rerank
 from pipelines.schemas import SCORING_FAILURES
 from pipelines.storage import Location, check_apart, delete, exists, list_files, locate, probe, put

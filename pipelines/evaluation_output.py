@@ -20,7 +20,7 @@ from pipelines import plan as plans
 from pipelines.evaluation_config import EvaluateConfig
 from pipelines.evaluation_losses import Loss, with_texts, worst_losses
 from pipelines.evaluation_texts import Prepared, look_up
-from pipelines.finish import REPORT_FILE
+from pipelines.records import REPORT_FILE
 from pipelines.schemas import to_parquet
 from pipelines.storage import Location, put, read_bytes
 

@@ -4,7 +4,6 @@ import json
 import math
 import platform
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -19,23 +18,22 @@ from pipelines.commit import COUNTS, RESULTS_FOLDER, SIDE_FOLDERS
 from pipelines.config import RerankConfig
 from pipelines.plan import FORMAT, Plan
 from pipelines.records import (
-    LENGTH_EDGES,
-    SCORE_BINS,
+    MANIFEST_FILE,
+    REPORT_FILE,
+    SUCCESS_FILE,
     Agreement,
     RefusedExample,
     RunSummary,
     ShardCounts,
     ShardRecord,
     StageSeconds,
+    add_counts,
 )
 from pipelines.storage import Location, delete, info, list_files, open_input, put, put_new, read_bytes
 
 if TYPE_CHECKING:
     from pipelines.rerank import Outcome
 
-MANIFEST_FILE = "_manifest.json"
-SUCCESS_FILE = "_SUCCESS"
-REPORT_FILE = "report.html"
 _EXAMPLES_PER_REASON = 3
 _PACKAGES = ("crossenc", "torch", "transformers", "ray", "pyarrow")
 
@@ -131,39 +129,6 @@ def _read_manifest(body: bytes, output: Location) -> dict[str, Any]:
             f"{output / MANIFEST_FILE} is not a manifest of this version ({error}); start over with --new-run"
         ) from None
     return manifest
-
-
-def add_counts(counts: Iterable[ShardCounts]) -> ShardCounts:
-    """The sum over shards."""
-    refused: Counter[str] = Counter()
-    kinds: Counter[str] = Counter()
-    sums: Counter[str] = Counter()
-    scores, lengths = [0] * SCORE_BINS, [0] * (len(LENGTH_EDGES) + 1)
-    for one in counts:
-        refused.update(one.refused)
-        kinds.update(one.forward_kinds)
-        for name in _SUMMED:
-            sums[name] += getattr(one, name)
-        scores = [a + b for a, b in zip(scores, one.score_histogram, strict=True)]
-        lengths = [a + b for a, b in zip(lengths, one.length_histogram, strict=True)]
-    return ShardCounts(
-        refused=dict(sorted(refused.items())),
-        forward_kinds=dict(sorted(kinds.items())),
-        score_histogram=tuple(scores),
-        length_histogram=tuple(lengths),
-        **{name: sums[name] for name in _SUMMED},
-    )
-
-
-_SUMMED = (
-    "num_queries",
-    "num_candidates",
-    "num_scored",
-    "num_results",
-    "num_tokens",
-    "num_padded_tokens",
-    "num_truncated",
-)
 
 
 def _reconcile(run: FinishedRun) -> ShardCounts:

@@ -18,9 +18,6 @@ from pipelines.config import RerankConfig
 from pipelines.prepare import Tokenizer
 from pipelines.storage import Location, locate
 
-#: The part of a fingerprint that names the version, where the model is one of a registry.
-REGISTERED_PART = "registered model"
-
 
 class Model(Protocol):
     """What a run needs of a model. Instances are small and can be sent to other processes."""
@@ -190,7 +187,7 @@ def choose(
     if version is not None:
         return source, ""
     place = _registry(source, registry_uri, options)
-    before = planned().get(REGISTERED_PART, "")
+    before = planned().get(registry.PLAN_PART, "")
     if not before.startswith(f"{source}@"):
         found, _ = registry.resolve(source, place)
         return found.source, f"the model is {found.source}"
@@ -226,7 +223,7 @@ def checkpoint(source: str, registry_uri: str | None, options: Mapping[str, Any]
 
 def registered_part(source: str) -> dict[str, str]:
     """The part of a fingerprint that a model of a registry adds to the digests of its files."""
-    return {REGISTERED_PART: source} if source.startswith(registry.SCHEME) else {}
+    return {registry.PLAN_PART: source} if source.startswith(registry.SCHEME) else {}
 
 
 def _registry(source: str, uri: str | None, options: Mapping[str, Any]) -> Location:

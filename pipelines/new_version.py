@@ -12,8 +12,7 @@ from typing import Any
 
 from crossenc.errors import InputError, RunConflictError
 from pipelines import registry
-from pipelines.finish import MANIFEST_FILE, SUCCESS_FILE
-from pipelines.model import REGISTERED_PART
+from pipelines.records import MANIFEST_FILE, SUCCESS_FILE
 from pipelines.registry import MODEL_FOLDER, Version
 from pipelines.storage import Location, exists, locate, put, read_bytes
 
@@ -68,7 +67,7 @@ def look(folder: Location) -> Candidate:
     facts = {"measure": result["measure"], "value": result["value"], "training": lineage}
     if result["value"] is not None and result["before"] is not None:
         facts |= {"gain": result["value"] - result["before"], "gain_over": "before training"}
-    return Candidate(folder / MODEL_FOLDER, depends_on.get(REGISTERED_PART), facts)
+    return Candidate(folder / MODEL_FOLDER, depends_on.get(registry.PLAN_PART), facts)
 
 
 def judged(candidate: Candidate, folder: Location) -> Candidate:

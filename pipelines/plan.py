@@ -105,6 +105,11 @@ def make(inputs: Inputs, parts: Mapping[str, str], *, shard_candidates: int | No
     )
 
 
+def bucket_id(bucket: int) -> str:
+    """The part id of a bucket of queries."""
+    return f"b{bucket:05d}"
+
+
 def default_shard_candidates(num_candidates: int) -> int:
     """Candidates per shard: about 256 shards for small inputs, at most 32,768 candidates in one for large ones."""
     return int(min(32_768, max(512, num_candidates // 256)))

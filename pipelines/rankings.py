@@ -20,9 +20,9 @@ from crossenc.evaluation.comparison import Run
 from pipelines import plan as plans
 from pipelines.commit import trec_lines
 from pipelines.evaluate import first_stage_runs, reranked_runs
-from pipelines.finish import SUCCESS_FILE
 from pipelines.inputs import list_candidates, scan
 from pipelines.plan import Plan
+from pipelines.records import SUCCESS_FILE
 from pipelines.storage import FileInfo, Location, exists, expand, info, locate, open_input
 
 

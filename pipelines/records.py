@@ -3,7 +3,8 @@
 A record is JSON-friendly: numbers, strings, tuples and string-keyed mappings only, never a text from the input.
 """
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,6 +14,19 @@ JobState = Literal["done", "already done", "stopped"]
 LENGTH_EDGES: tuple[int, ...] = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096)
 #: Bins of the score histogram: SCORE_BINS equal bins between two edges that depend on the activation.
 SCORE_BINS = 80
+#: What a finished run leaves beside its results. SUCCESS_FILE is stored last: without it nothing is finished.
+MANIFEST_FILE = "_manifest.json"
+SUCCESS_FILE = "_SUCCESS"
+REPORT_FILE = "report.html"
+_SUMMED = (
+    "num_queries",
+    "num_candidates",
+    "num_scored",
+    "num_results",
+    "num_tokens",
+    "num_padded_tokens",
+    "num_truncated",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +51,28 @@ class ShardCounts:
     score_histogram: tuple[int, ...]
     length_histogram: tuple[int, ...]
     forward_kinds: Mapping[str, int] = field(default_factory=dict)
+
+
+def add_counts(counts: Iterable[ShardCounts]) -> ShardCounts:
+    """The sum over shards."""
+    refused: Counter[str] = Counter()
+    kinds: Counter[str] = Counter()
+    sums: Counter[str] = Counter()
+    scores, lengths = [0] * SCORE_BINS, [0] * (len(LENGTH_EDGES) + 1)
+    for one in counts:
+        refused.update(one.refused)
+        kinds.update(one.forward_kinds)
+        for name in _SUMMED:
+            sums[name] += getattr(one, name)
+        scores = [a + b for a, b in zip(scores, one.score_histogram, strict=True)]
+        lengths = [a + b for a, b in zip(lengths, one.length_histogram, strict=True)]
+    return ShardCounts(
+        refused=dict(sorted(refused.items())),
+        forward_kinds=dict(sorted(kinds.items())),
+        score_histogram=tuple(scores),
+        length_histogram=tuple(lengths),
+        **{name: sums[name] for name in _SUMMED},
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,6 +30,8 @@ from pipelines.stored_files import StoredFile
 #: Raised when the meaning of version.json or of a history entry changes.
 FORMAT = 1
 SCHEME = "registry://"
+#: The part of a fingerprint that names the version, where the model is one of a registry.
+PLAN_PART = "registered model"
 VERSIONS_FOLDER, HISTORY_FOLDER, MODEL_FOLDER = "versions", "history", "model"
 VERSION_FILE, CURRENT_FILE = "version.json", "current.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII)

@@ -20,13 +20,22 @@ from pipelines.config import RerankConfig
 from pipelines.evaluate import read_qrels
 from pipelines.inputs import list_candidates, scan
 from pipelines.model import Model, choose, from_config, registered_part
-from pipelines.plan import RUN_FOLDER, Plan
+from pipelines.plan import RUN_FOLDER, Plan, bucket_id
 from pipelines.prepare import ReadSettings, pass_through_fields
 from pipelines.progress import Progress, announce
 from pipelines.rank import RankSettings
-from pipelines.records import Agreement, JobState, ShardCounts, ShardRecord
+from pipelines.records import (
+    MANIFEST_FILE,
+    REPORT_FILE,
+    SUCCESS_FILE,
+    Agreement,
+    JobState,
+    ShardCounts,
+    ShardRecord,
+    add_counts,
+)
 from pipelines.silence import Silence
-from pipelines.stages import Item, RunContext, bucket_id, raise_failure
+from pipelines.stages import Item, RunContext, raise_failure
 from pipelines.storage import (
     FileInfo,
     Location,
@@ -118,7 +127,7 @@ def rerank(
     stored = None if new_run else plans.load(job.output)
     if stored is not None:
         plans.check_unchanged(stored.parts, job.parts, job.output)
-        if exists(job.output / finish.SUCCESS_FILE):
+        if exists(job.output / SUCCESS_FILE):
             return finish.confirm(job.output)
     inputs = scan(config, job.files) if stored is None else None
     create_only = probe(job.output)
@@ -159,7 +168,7 @@ def remove_run(output: Location) -> None:
     files = [file.location for folder in folders for file in list_files(output / folder)]
     plan, keep = output / plans.PLAN_FILE, (output / lease.LEASE_FOLDER).uri
     shards = [location for location in files if location.name.startswith("shards-")]
-    delete([output / name for name in (finish.SUCCESS_FILE, finish.MANIFEST_FILE, finish.REPORT_FILE)])
+    delete([output / name for name in (SUCCESS_FILE, MANIFEST_FILE, REPORT_FILE)])
     delete([file for file in files if not file.uri.startswith(keep) and file not in (plan, *shards)])
     delete([plan])
     delete(shards)
@@ -228,7 +237,7 @@ class _Run:
         counts = finish.finish(finished, self.say, lambda: self._is_lost(epoch))
         if counts is None:
             return self._stopped()
-        return Outcome("done", output, f"done; see {output / finish.REPORT_FILE}", counts)
+        return Outcome("done", output, f"done; see {output / REPORT_FILE}", counts)
 
     def _is_lost(self, epoch: int) -> bool:
         self._lost = self._lost or lease.overtaken(self._job.output, epoch)
@@ -278,7 +287,7 @@ class _Run:
         records = ledger.recorded(output, folder, done)
         todo = [item for item_id, item in items.items() if item_id not in records]
         run = metrics.run_tag(plan.fingerprint)
-        counts_done = finish.add_counts([record.counts for record in records.values()])
+        counts_done = add_counts([record.counts for record in records.values()])
         total = plan.num_candidates
         with Progress(
             len(items), total, self._stream, num_shards_done=len(records), counts_done=counts_done

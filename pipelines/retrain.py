@@ -35,11 +35,11 @@ from pipelines.distill import STUDENT_FOLDER
 from pipelines.evaluate import read_qrels
 from pipelines.evaluation_inputs import Source
 from pipelines.evaluation_output import EVALUATION_FILES, load
-from pipelines.finish import REPORT_FILE
 from pipelines.model import checkpoint
 from pipelines.new_version import EVALUATION_FOLDER
 from pipelines.progress import announce
 from pipelines.rankings import Tables
+from pipelines.records import REPORT_FILE
 from pipelines.retrain_config import RetrainConfig
 from pipelines.retrain_leaks import (
     FixedQueries,

@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from crossenc.errors import RunConflictError
 from crossenc.evaluation.gate import Decision
 from crossenc.evaluation.results import FIRST_STAGE
-from pipelines.finish import SUCCESS_FILE
+from pipelines.records import SUCCESS_FILE
 from pipelines.storage import FileInfo, Location, exists, list_files, locate, put_new, read_bytes
 
 RETRAININGS_FOLDER = "retrainings"

@@ -16,8 +16,8 @@ from crossenc.evaluation.results import FIRST_STAGE, Evaluation, Mean
 from pipelines import plan as plans
 from pipelines.evaluation_output import means_of
 from pipelines.evaluation_report import verdict
-from pipelines.finish import MANIFEST_FILE
 from pipelines.pages import UNKNOWN, duration, load_template, p_value, rate, unit
+from pipelines.records import MANIFEST_FILE
 from pipelines.retrain_config import RetrainConfig
 from pipelines.retrain_records import BASE, TRAINED_FOLDER, EndState, Retraining
 from pipelines.storage import Location, read_bytes

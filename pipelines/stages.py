@@ -30,7 +30,7 @@ from pipelines.logs import NAMED_REFUSALS, Logs, note
 from pipelines.logs import begin as begin_logs
 from pipelines.merge import read_bucket
 from pipelines.model import Model
-from pipelines.plan import InputFile, Shard
+from pipelines.plan import InputFile, Shard, bucket_id
 from pipelines.prepare import ReadSettings, Tokenizer, prepare
 from pipelines.records import ShardRecord, StageSeconds
 from pipelines.schemas import from_ipc, to_ipc
@@ -142,11 +142,6 @@ class _Read:
         seconds = round(read + tokenise, 3)
         note(logger, "read", stage="read", shard=shard_id, num_candidates=rows.num_rows, seconds=seconds)
         return [_row(shard_id, "rows", payload=to_ipc(rows), read_seconds=read, tokenise_seconds=tokenise)]
-
-
-def bucket_id(bucket: int) -> str:
-    """The part id of a bucket of queries."""
-    return f"b{bucket:05d}"
 
 
 def _row(shard_id: str, kind: Kind, **values: Any) -> pa.Table:

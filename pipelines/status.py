@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from crossenc.errors import InputError
-from pipelines import checkpoints, finish, lease, ledger
+from pipelines import checkpoints, lease, ledger
 from pipelines import plan as plans
 from pipelines import retrain_records as records
 from pipelines.checkpoints import TRAIN_STATE_FILE
 from pipelines.commit import RESULTS_FOLDER, SCORED_FOLDER
-from pipelines.stages import bucket_id
+from pipelines.plan import bucket_id
+from pipelines.records import SUCCESS_FILE, add_counts
 from pipelines.storage import exists, locate
 
 State = Literal["running", "resumable", "finished"]
@@ -94,7 +95,7 @@ def look_at_training(output_uri: str) -> TrainStatus | None:
         return None
     holder = lease.last_holder(output)
     stored = checkpoints.read_all(output)
-    state, detail, _ = _state(exists(output / finish.SUCCESS_FILE), holder)
+    state, detail, _ = _state(exists(output / SUCCESS_FILE), holder)
     return TrainStatus(
         state=state,
         detail=detail,
@@ -113,12 +114,12 @@ def look(output_uri: str) -> RunStatus:
     if "job" in plan.parts:
         raise InputError(
             f"{output} holds a run of `crossenc {plan.parts['job']}`, which status does not show: see its log, or"
-            f" {output / finish.SUCCESS_FILE}, which is there once it is done"
+            f" {output / SUCCESS_FILE}, which is there once it is done"
         )
     holder = lease.last_holder(output)
     shard_ids = [shard.shard_id for shard in plan.shards]
     shards = ledger.read(output, SCORED_FOLDER if plan.is_two_phase else RESULTS_FOLDER, shard_ids, plan.fingerprint)
-    counts = finish.add_counts(part.counts for _, part in shards.parts.values())
+    counts = add_counts(part.counts for _, part in shards.parts.values())
     num_results, refused = counts.num_results, Counter(counts.refused)
     if plan.is_two_phase:
         ids = [bucket_id(bucket) for bucket in range(plan.num_buckets)]
@@ -126,7 +127,7 @@ def look(output_uri: str) -> RunStatus:
         num_results = sum(part.counts.num_results for _, part in buckets)
         duplicates = sum(part.counts.refused.get("duplicate_document", 0) for _, part in buckets)
         refused.update({"duplicate_document": duplicates} if duplicates else {})
-    state, detail, rate = _state(exists(output / finish.SUCCESS_FILE), holder)
+    state, detail, rate = _state(exists(output / SUCCESS_FILE), holder)
     return RunStatus(
         state=state,
         detail=detail,

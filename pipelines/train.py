@@ -32,11 +32,10 @@ from pipelines import checkpoints, lease, logs, metrics, train_board, train_fini
 from pipelines import plan as plans
 from pipelines.checkpoints import CHECKPOINT_FOLDER, TRAIN_STATE_FILE
 from pipelines.execute import cpus_and_threads, describe_shortage
-from pipelines.finish import MANIFEST_FILE, REPORT_FILE, SUCCESS_FILE
 from pipelines.model import CheckpointModel, choose, registered_part
 from pipelines.plan import RUN_FOLDER
 from pipelines.progress import announce
-from pipelines.records import JobState
+from pipelines.records import MANIFEST_FILE, REPORT_FILE, SUCCESS_FILE, JobState
 from pipelines.silence import Silence
 from pipelines.storage import (
     Location,

@@ -19,8 +19,9 @@ from crossenc.losses import Objective
 from crossenc.model import CrossEncoder
 from pipelines import checkpoints
 from pipelines.checkpoints import Checkpoint
-from pipelines.finish import MANIFEST_FILE, REPORT_FILE, SUCCESS_FILE, first_changed
+from pipelines.finish import first_changed
 from pipelines.model import CheckpointModel
+from pipelines.records import MANIFEST_FILE, REPORT_FILE, SUCCESS_FILE
 from pipelines.storage import Location, put, read_bytes, redact_options
 from pipelines.stored_files import store_model
 from pipelines.train_config import TrainConfig

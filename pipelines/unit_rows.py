@@ -22,14 +22,13 @@ from crossenc.mining import text_key
 from pipelines import ledger
 from pipelines import plan as plans
 from pipelines.commit import RESULTS_FOLDER
-from pipelines.finish import SUCCESS_FILE
 from pipelines.inputs import hash_ids, naming_damage
-from pipelines.plan import RUN_FOLDER, Plan, Shard
+from pipelines.plan import RUN_FOLDER, Plan, Shard, bucket_id
 from pipelines.prepare import ReadSettings, read_shard, thin_columns
 from pipelines.rank import first_stage_ranks, group_by_query, quarantine_rows, refuse_duplicates, stage_columns
+from pipelines.records import SUCCESS_FILE
 from pipelines.rows import CheckedRows
 from pipelines.schemas import to_parquet
-from pipelines.stages import bucket_id
 from pipelines.storage import FileInfo, Location, exists, info, locate, open_input, put_new
 from pipelines.texts import TextStore, open_store
 

@@ -23,10 +23,9 @@ from pydantic import TypeAdapter, ValidationError
 from crossenc.errors import CrossEncError, RunConflictError
 from pipelines import lease, logs, metrics, unit_workers
 from pipelines import plan as plans
-from pipelines.finish import MANIFEST_FILE, SUCCESS_FILE, first_changed
-from pipelines.plan import RUN_FOLDER, Plan, Shard
-from pipelines.records import JobState
-from pipelines.stages import bucket_id
+from pipelines.finish import first_changed
+from pipelines.plan import RUN_FOLDER, Plan, Shard, bucket_id
+from pipelines.records import MANIFEST_FILE, SUCCESS_FILE, JobState
 from pipelines.storage import FileInfo, Location, delete, exists, list_files, put, put_new, read_bytes
 from pipelines.stored_files import StoredFile, store
 from pipelines.unit_progress import UnitProgress

@@ -14,7 +14,7 @@ def test_importing_the_library_loads_neither_ray_nor_arrow_nor_torch():
 
 def test_importing_the_pipelines_starts_no_ray_and_changes_no_environment():
     code = "import os, logging; before = dict(os.environ); handlers = list(logging.getLogger().handlers)\n"
-    code += "import pipelines.rerank, jobs.cli, ray\n"
+    code += "import pipelines.rerank, jobs.retrain, jobs.submit, ray\n"
     code += "assert not ray.is_initialized() and logging.getLogger().handlers == handlers\n"
     code += "print({k for k in os.environ if before.get(k) != os.environ[k]})"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from jobs import cluster, runtime
 from jobs import rerank as rerank_job
-from jobs import runtime
 from pipelines.config import RerankConfig
 from pipelines.rerank import Outcome, rerank
 from tests.support.collections import (
@@ -36,7 +36,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def connect(*args: object) -> int:
         raise AssertionError("a cluster was asked for")
 
-    monkeypatch.setattr(runtime, "connect", connect)
+    monkeypatch.setattr(cluster, "connect", connect)
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from jobs import cluster, runtime
 from jobs import config as job_config
 from jobs import rerank as rerank_job
-from jobs import runtime
 from pipelines import plan as plans
 from pipelines import status, storage
 from pipelines.config import RerankConfig
@@ -63,7 +63,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def connect(*args: object) -> int:
         raise AssertionError("a cluster was asked for")
 
-    monkeypatch.setattr(runtime, "connect", connect)
+    monkeypatch.setattr(cluster, "connect", connect)
 
 
 def make_job(folder: Path, settings: dict[str, object], **more: object) -> str:

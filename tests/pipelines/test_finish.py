@@ -15,11 +15,11 @@ from pipelines import finish as finishes
 from pipelines import ledger
 from pipelines.commit import commit_bucket, commit_shard
 from pipelines.config import RerankConfig
-from pipelines.finish import FinishedRun, add_counts, confirm, finish
+from pipelines.finish import FinishedRun, confirm, finish
 from pipelines.layout import Columns
 from pipelines.merge import read_bucket
 from pipelines.plan import InputFile, Plan, Shard
-from pipelines.records import ShardRecord, StageSeconds
+from pipelines.records import ShardRecord, StageSeconds, add_counts
 from pipelines.storage import Location, locate
 from tests.pipelines.thin import SETTINGS, commit_settings, refused, scored, thin_rows, with_tokens
 

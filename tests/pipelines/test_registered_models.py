@@ -18,8 +18,7 @@ from pipelines.config import RerankConfig
 from pipelines.distill_config import DistillConfig
 from pipelines.evaluation_config import EvaluateConfig
 from pipelines.inputs import scan
-from pipelines.model import REGISTERED_PART
-from pipelines.registry import promote, rollback, store_version
+from pipelines.registry import PLAN_PART, promote, rollback, store_version
 from pipelines.storage import Location, locate
 from pipelines.train_config import TrainConfig
 from tests.support.collections import make_collection, part_bytes, read_manifest, read_results
@@ -85,7 +84,7 @@ def test_a_run_stays_with_its_version_and_the_next_one_follows_promotion_and_rol
     assert outcome.state == "done"
     assert said[0].startswith("this run was planned with registry://ranker@v1 and stays with it; the current version")
     manifest = read_manifest(tmp_path / "first")
-    assert manifest["model"] == manifest["depends_on"][REGISTERED_PART] == "registry://ranker@v1"
+    assert manifest["model"] == manifest["depends_on"][PLAN_PART] == "registry://ranker@v1"
     assert "registry://ranker@v1" in (tmp_path / "first" / "report.html").read_text()
     assert is_ranked_by(scene / "v1", tmp_path / "first", scene)
     before = part_bytes(tmp_path / "first")
@@ -94,7 +93,7 @@ def test_a_run_stays_with_its_version_and_the_next_one_follows_promotion_and_rol
 
     with pytest.raises(KeyboardInterrupt):
         run(job(scene, models, tmp_path / "second"), connect=die)
-    assert plans.load(locate(str(tmp_path / "second"))).parts[REGISTERED_PART] == "registry://ranker@v2"
+    assert plans.load(locate(str(tmp_path / "second"))).parts[PLAN_PART] == "registry://ranker@v2"
     rollback(models, "ranker", reason="slow", key="back")
     outcome, said = run(job(scene, models, tmp_path / "third"))
     assert said[0] == "the model is registry://ranker@v1"
@@ -127,7 +126,7 @@ def test_a_new_run_a_dry_run_and_a_named_version_take_what_they_say(scene, model
     pinned = reranking.resolve(job(scene, models, tmp_path / "out", model="registry://ranker@v2"))
     assert (pinned.model.name, pinned.note) == ("registry://ranker@v2", "")
     plain = reranking.resolve(job(scene, models, tmp_path / "out", model=str(scene / "v2")))
-    assert pinned.parts == plain.parts | {REGISTERED_PART: "registry://ranker@v2"}
+    assert pinned.parts == plain.parts | {PLAN_PART: "registry://ranker@v2"}
 
 
 def test_another_version_on_the_same_output_is_refused_by_name(scene, models, tmp_path):
@@ -172,12 +171,12 @@ def test_training_stays_with_the_version_that_it_began_with(scene, models, tmp_p
     settings = {"train": labels, "model": "registry://ranker", "registry": models.uri, "output": str(tmp_path / "out")}
     config = TrainConfig.model_validate(settings)
     begun = train.resolve(config)
-    assert begun.config.model == begun.parts[REGISTERED_PART] == "registry://ranker@v1"
+    assert begun.config.model == begun.parts[PLAN_PART] == "registry://ranker@v1"
     train._begin(begun)
     promote(models, "ranker", "v2", reason="better", key="v2")
     resumed = train.resolve(config)
     assert resumed.parts == begun.parts and "stays with it" in resumed.note
-    assert train.resolve(config, new_run=True).parts[REGISTERED_PART] == "registry://ranker@v2"
+    assert train.resolve(config, new_run=True).parts[PLAN_PART] == "registry://ranker@v2"
 
 
 def test_an_evaluation_judges_what_is_current_when_it_is_called(scene, models, tmp_path):

@@ -11,7 +11,7 @@ import ray
 
 from crossenc.errors import ConfigError, InputError, RunConflictError
 from crossenc.testing import FakeScorer, FakeTokenizer, tiny_checkpoint
-from jobs import runtime
+from jobs import cluster
 from pipelines.config import RerankConfig
 from pipelines.rerank import Outcome, rerank
 from pipelines.testing import FakeModel
@@ -221,6 +221,6 @@ def test_a_missing_column_is_named_with_what_is_there(collection, tmp_path):
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_job_leaves_a_ray_alone_that_ran_before_it():
-    with runtime.disconnected_at_end():
+    with cluster.disconnected_at_end():
         assert ray.is_initialized()
     assert ray.is_initialized()
