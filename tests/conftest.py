@@ -2,6 +2,7 @@
 
 import os
 import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -105,7 +106,8 @@ def ray_cluster() -> Iterator[None]:
     _running_ray.append(ray.is_initialized)
     yield
     _running_ray.clear()
-    ray.shutdown()
+    with warnings.catch_warnings(action="ignore", category=ResourceWarning):  # Ray kills processes, and waits for none
+        ray.shutdown()
 
 
 @pytest.fixture(autouse=True)

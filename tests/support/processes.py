@@ -52,7 +52,7 @@ def ray_workers(pid: int, name_contains: str = "") -> list[psutil.Process]:
 
 
 def run_driver(args: Sequence[str], env: Mapping[str, str], cwd: Path, log_folder: Path) -> "DriverProcess":
-    """Start `args` in its own session; stdout and stderr become files in `log_folder`."""
+    """Start `args` in a process group of its own; stdout and stderr become files in `log_folder`."""
     log_folder.mkdir(parents=True, exist_ok=True)
     stdout, stderr = log_folder / "stdout.txt", log_folder / "stderr.txt"
     with stdout.open("wb") as out, stderr.open("wb") as err:
@@ -63,7 +63,7 @@ def run_driver(args: Sequence[str], env: Mapping[str, str], cwd: Path, log_folde
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=err,
-            start_new_session=True,
+            process_group=0,
         )
     return DriverProcess(process, stdout, stderr)
 

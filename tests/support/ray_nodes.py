@@ -127,7 +127,7 @@ def ray_nodes(logs: Path, num_workers: int = 2, num_cpus: int = 2, object_store_
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            start_new_session=True,
+            process_group=0,
         )
         nodes = Nodes(host, env, 0, object_store_mb)
         try:

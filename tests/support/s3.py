@@ -126,7 +126,7 @@ def moto_server() -> Iterator[S3Server]:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,
+        process_group=0,
     )
     try:
         wait_for(lambda: _answers(port, server), 30, "an answer of moto_server")
@@ -250,7 +250,7 @@ class CephServer(S3Server):
                 stdin=subprocess.DEVNULL,
                 stdout=err,
                 stderr=err,
-                start_new_session=True,
+                process_group=0,
             )
         return self._daemons[name]
 
