@@ -55,6 +55,8 @@ CONFIGS: dict[str, type[BaseModel]] = {
 }
 #: From SIGTERM to SIGKILL a job has its drain_seconds, and these to end in: Ray lets go, leases are released.
 ENDING_SECONDS = 60
+#: A cluster that has just begun answers before it lists its head node.
+HEAD_LISTED_SECONDS = 10
 #: Never shipped with a working directory, beside what its .gitignore names.
 EXCLUDES = ["/.git/", "/.venv/", "/data/", "__pycache__/"]
 #: The jobs whose output `crossenc status` shows.
@@ -254,7 +256,11 @@ def _entrypoint(submission: Submission, job: str, config: Any) -> str:
 
 def _head_is_here(address: str) -> bool:
     """Whether the head runs on this machine: a tunnel to another one has a local address, too, but not its node."""
-    for node in list_nodes(address=address, filters=[("is_head_node", "=", "True")]):
+    deadline = time.monotonic() + HEAD_LISTED_SECONDS
+    heads = [("is_head_node", "=", "True")]
+    while not (nodes := list_nodes(address=address, filters=heads)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    for node in nodes:
         with contextlib.suppress(OSError), socket.socket() as probe:
             probe.bind((node.node_ip, 0))
             return True

@@ -95,6 +95,13 @@ def test_a_rerank_is_submitted_followed_and_says_where_to_look(head, data, tmp_p
     assert head.token not in done.stdout + done.stderr + json.dumps(known)
 
 
+@pytest.mark.parametrize(("ip", "is_here"), [("127.0.0.1", True), ("192.0.2.77", False)])
+def test_a_head_that_has_just_begun_is_waited_for_until_it_is_listed(ip, is_here, monkeypatch):
+    answers = iter([[], [], [SimpleNamespace(node_ip=ip)]])
+    monkeypatch.setattr(submit, "list_nodes", lambda **_: next(answers))
+    assert submit._head_is_here("http://127.0.0.1:8265") == is_here
+
+
 @pytest.mark.faults
 def test_a_wrong_token_is_refused_and_not_shown(head, data, tmp_path):
     wrong = tmp_path / "token"
